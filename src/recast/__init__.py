@@ -1,0 +1,3 @@
+"""Recast changes what a Stable Diffusion checkpoint predicts, without losing what it knows."""
+
+__version__ = "0.1.0"
