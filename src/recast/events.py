@@ -1,0 +1,33 @@
+"""What a long run tells its caller while it works: loops yield these, only the command line prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage begins: `total` ticks of `unit` will follow; `done` of them exist already."""
+
+    name: str
+    total: int
+    unit: str = "it"
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """`done` ticks of the current stage are finished; `loss` where the stage has one."""
+
+    done: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """One sentence the user should see."""
+
+    text: str
+
+
+Event = Stage | Tick | Note
