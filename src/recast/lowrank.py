@@ -1,0 +1,212 @@
+"""Low-rank factors of one weight: factorise, truncate, subtract.
+
+A weight W is (O, I) or (O, I, kh, kw) and is treated as the matrix (O, I*kh*kw).
+
+    W = U S V^T      up = U_r sqrt(S_r)      down = sqrt(S_r) V_r^T      (balanced)
+
+`exact` takes U or V from the eigenvectors of the fp32 Gram matrix of the short side, `fast` from a
+Chebyshev iteration on a bf16 Gram matrix; the other factor is always a projection of W itself, so a
+slightly rotated subspace costs captured energy and never exactness. Factors are not clamped.
+
+The difference of two products is never formed as B A - B0 A0, which cancels:
+
+    B A - B0 A0 = [B - B0 | B0] [A ; A - A0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recast.errors import Refused
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The product up @ down: up is (O, r), down is (r, I) or (r, I, kh, kw)."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the product stands for."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def dense(self, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
+        """Multiply out in fp32 (fp64 for fp64 factors)."""
+        work = torch.promote_types(self.up.dtype, torch.float32)
+        product = self.up.to(work) @ self.down.to(work).flatten(1)
+        return product.reshape(self.shape if shape is None else shape)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """Round both factors to a dtype."""
+        return LowRank(self.up.to(dtype), self.down.to(dtype))
+
+
+@dataclass(frozen=True)
+class Full:
+    """A change of every entry of one parameter: delta has the parameter's shape."""
+
+    delta: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.delta.shape)
+
+    def dense(self, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
+        """The delta in fp32 (fp64 stays)."""
+        work = self.delta.to(torch.promote_types(self.delta.dtype, torch.float32))
+        return work if shape is None else work.reshape(shape)
+
+    def to(self, dtype: torch.dtype) -> Full:
+        """Round to a dtype."""
+        return Full(self.delta.to(dtype))
+
+
+def factorize(weight: Tensor, rank: int, *, method: str = "exact", name: str = "") -> LowRank:
+    """Best rank-r factors of a weight, in fp32, balanced, with deterministic signs.
+
+    A direction without energy has a zero column in `up` and a unit row in `down`, so it can still
+    learn; beyond the short side both are zero, so that r is the same for every layer of a file.
+    Raises Refused for a rank below 1 and for NaN or infinity, naming the tensor.
+    """
+    if rank < 1:
+        raise Refused(f"rank {rank} was asked for {_called(name)}; give a rank of at least 1.")
+    matrix, scale = _prepared(weight, name)
+    kept = min(rank, *matrix.shape)
+    short_is_rows = matrix.shape[0] <= matrix.shape[1]
+    basis = METHODS[method](matrix if short_is_rows else matrix.T, kept)
+    up, down = _balanced(matrix, basis, short_is_rows)
+    root = scale**0.5
+    up, down = _padded(up * root, 1, rank), _padded(down * root, 0, rank)
+    return LowRank(up, down.reshape(rank, *weight.shape[1:]))
+
+
+def spectrum(weight: Tensor, *, name: str = "") -> Tensor:
+    """All singular values of a weight, falling, fp32; below 3e-4 of the first they are noise."""
+    matrix, scale = _prepared(weight, name)
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0).sqrt().flip(0) * scale
+
+
+def energy(weight: Tensor, factors: LowRank) -> float:
+    """Share of the squared norm of a weight that the product holds (1 for a zero weight)."""
+    whole = weight.double().square().sum().item()
+    rest = (weight.float() - factors.dense(weight.shape)).double().square().sum().item()
+    return 1.0 if whole == 0 else 1.0 - rest / whole
+
+
+def rank_for_energy(singular: Tensor, share: float) -> int:
+    """Smallest rank whose leading singular values hold the given share of the squared norm."""
+    squares = singular.double().square()
+    reached = squares.cumsum(0) >= share * squares.sum() * (1 - 1e-12)
+    return int(reached.float().argmax().item()) + 1
+
+
+def truncate(factors: LowRank, rank: int | None) -> LowRank:
+    """Re-factor a product to a rank by QR of the thin factors and a small SVD (None: keep r).
+
+    Works in fp64 and returns fp32 balanced factors, zero-padded to the rank.
+    """
+    rank = factors.rank if rank is None else rank
+    if rank < 1:
+        raise Refused(f"rank {rank} was asked for a low-rank change; give a rank of at least 1.")
+    left, upper = torch.linalg.qr(factors.up.double())
+    right, lower = torch.linalg.qr(factors.down.double().flatten(1).T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    up, down = _signed(left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T))
+    up, down = _padded(up, 1, rank).float(), _padded(down, 0, rank).float()
+    return LowRank(up, down.reshape(rank, *factors.down.shape[1:]))
+
+
+def difference(trained: LowRank, initial: LowRank) -> LowRank:
+    """The product of rank r + r0 that equals trained - initial, without cancellation.
+
+    [B - B0 | B0] [A ; A - A0]; with other ranks there is no shared start, so [B | -B0] [A ; A0].
+    """
+    b, a = trained.up.float(), trained.down.float()
+    b0, a0 = initial.up.float(), initial.down.float()
+    if trained.rank != initial.rank:
+        return LowRank(torch.cat([b, -b0], 1), torch.cat([a, a0]))
+    return LowRank(torch.cat([b - b0, b0], 1), torch.cat([a, a - a0]))
+
+
+def subtract(trained: LowRank, initial: LowRank, rank: int | None = None) -> LowRank:
+    """Factors of trained - initial, re-factored; rank None keeps 2r, which is exact."""
+    return truncate(difference(trained, initial), rank)
+
+
+def _exact(wide: Tensor, rank: int) -> Tensor:
+    """Leading left singular vectors (m, r) of a wide (m, n) matrix, from its Gram matrix."""
+    _, vectors = torch.linalg.eigh(wide @ wide.T)
+    return vectors[:, -rank:].flip(1)
+
+
+METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": _exact}
+
+
+def _balanced(matrix: Tensor, basis: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
+    """Split the projection of a matrix on a basis of its short side into balanced factors."""
+    projected = basis.T @ matrix if rows else (matrix @ basis).T
+    length = projected.norm(dim=1)
+    order = length.argsort(descending=True, stable=True)
+    basis, projected, length = basis[:, order], projected[order], length[order]
+    # At rounding level there is no direction, only noise: `up` is zero there, `down` a unit row.
+    empty = length <= 4 * torch.finfo(length.dtype).eps * length[0]
+    root = torch.where(empty, torch.ones_like(length), length).sqrt()
+    if rows:
+        up, down = basis * root, projected / root[:, None]
+        down = torch.where(empty[:, None], _unit_rows(down), down)
+    else:
+        up, down = projected.T / root, basis.T * root[:, None]
+    return _signed(up.masked_fill(empty, 0), down)
+
+
+def _unit_rows(like: Tensor) -> Tensor:
+    """Row k is the k-th unit vector: a fixed choice where the matrix prefers no direction."""
+    rows = torch.zeros_like(like)
+    return rows.fill_diagonal_(1)
+
+
+def _signed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the largest entry of every row of `down` positive."""
+    peak = down.gather(1, down.abs().argmax(1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(down.dtype)
+    return up * sign.T, down * sign
+
+
+def _prepared(weight: Tensor, name: str) -> tuple[Tensor, float]:
+    """The weight as an fp32 matrix over a power of two, so that squares neither vanish nor end."""
+    if weight.ndim < 2 or weight.numel() == 0:
+        raise Refused(
+            f"{_called(name)} has shape {tuple(weight.shape)}; only matrices and "
+            "convolutions have low-rank factors."
+        )
+    matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    peak = matrix.abs().amax()
+    if not torch.isfinite(peak):
+        raise Refused(f"{_called(name)} holds NaN or infinity; repair the checkpoint first.")
+    scale = 2.0 ** int(torch.frexp(peak).exponent.item()) if peak > 0 else 1.0
+    return matrix / scale, scale
+
+
+def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
+    missing = rank - factor.shape[axis]
+    if missing == 0:
+        return factor
+    shape = (factor.shape[0], missing) if axis == 1 else (missing, factor.shape[1])
+    return torch.cat([factor, factor.new_zeros(shape)], axis)
+
+
+def _called(name: str) -> str:
+    return f"tensor {name}" if name else "a tensor"
