@@ -1,0 +1,156 @@
+"""Optimizers by name: a table of rows, any class by its dotted path, and the averaged weights.
+
+Rows keep the settings of the published runs; every argument can be overridden. Libraries are
+imported only when one of their rows is built.
+"""
+
+import importlib
+import inspect
+import io
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from recast.errors import Refused
+
+__all__ = ["OPTIMIZERS", "Row", "averaged", "build"]
+
+logger = logging.getLogger("recast.optim")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where an optimizer's class is, and the arguments it is built with unless told otherwise."""
+
+    path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRODIGY_PLUS = {  # the settings published with the "full fine-tune at home" recipe
+    "lr": 1.0,
+    "betas": (0.8, 0.8),
+    "d0": 1e-5,
+    "d_coef": 1.0,
+    "prodigy_steps": 100,
+    "schedulefree_c": 10,
+    "weight_decay_by_lr": False,
+    "use_stableadamw": False,
+    "d_limiter": False,
+    "use_speed": False,
+}
+
+OPTIMIZERS: dict[str, Row] = {
+    "adamw": Row("torch.optim.AdamW", {"lr": 1e-3, "weight_decay": 0.0}),
+    "dadaptlion": Row(
+        "pytorch_optimizer.DAdaptLion", {"lr": 1.0, "betas": (0.9, 0.99), "d0": 1e-5}
+    ),
+    "dadaptadam": Row("pytorch_optimizer.DAdaptAdam", {"lr": 1.0, "d0": 1e-5}),
+    "prodigy": Row("pytorch_optimizer.Prodigy", {"lr": 1.0, "betas": (0.9, 0.99)}),
+    "prodigyplus": Row("prodigyplus.ProdigyPlusScheduleFree", PRODIGY_PLUS),
+    "lion": Row("pytorch_optimizer.Lion", {"lr": 1e-4}),
+    "adafactor": Row(
+        "pytorch_optimizer.AdaFactor",
+        {"lr": 1e-4, "relative_step": False, "scale_parameter": False},
+    ),
+}
+
+
+def build(
+    name: str,
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    lr: float | None = None,
+    **arguments: Any,
+) -> Optimizer:
+    """Build an optimizer of the table, or the class that a dotted path names.
+
+    `parameters` are tensors or torch's group dicts. Raises Refused for an unknown name, an
+    argument the class does not take, or a rate that is not above 0.
+    """
+    row = _row(name)
+    chosen = {**row.arguments, **({} if lr is None else {"lr": lr}), **arguments}
+    if chosen.get("lr") is not None and not chosen["lr"] > 0:
+        raise Refused(
+            f"optimizer {name}: lr is {chosen['lr']}; it must be above 0 to train anything"
+        )
+    cls = _load(name, row.path)
+    _check_arguments(name, cls, chosen)
+    groups = list(parameters)
+    if row.path == "torch.optim.AdamW" and "fused" not in chosen and _all_on_gpu(groups):
+        chosen["fused"] = True
+    said = io.StringIO()
+    with redirect_stdout(said):  # some libraries print, and stdout belongs to results
+        optimizer = cls(groups, **chosen)
+    for line in filter(None, said.getvalue().splitlines()):
+        logger.info(line)
+    if row.path.startswith("prodigyplus."):
+        optimizer.log = logger.info
+    return optimizer
+
+
+@contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Show the averaged weights of a schedule-free optimizer; any other is left as it is.
+
+    On leaving, the training weights return byte for byte: the library's own way back
+    (`train()`) interpolates and is off by a rounding.
+    """
+    evaluate, train = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
+    if not (callable(evaluate) and callable(train)):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    evaluate()
+    try:
+        yield
+    finally:
+        train()
+        with torch.no_grad():
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
+
+
+def _row(name: str) -> Row:
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if "." in name:
+        return Row(name)
+    near = get_close_matches(name.lower().replace("_", ""), OPTIMIZERS, 1, 0.0)
+    raise Refused(
+        f"there is no optimizer {name!r}; the nearest is {near[0]!r} "
+        f"(of {', '.join(OPTIMIZERS)}, or the dotted path of a class)"
+    )
+
+
+def _load(name: str, path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"optimizer {name}: {path} cannot be imported ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise Refused(f"optimizer {name}: {path} is not a torch Optimizer")
+    return cls
+
+
+def _check_arguments(name: str, cls: type, chosen: Mapping[str, Any]) -> None:
+    """Refuse arguments the class does not name: several libraries swallow typos in **kwargs."""
+    parameters = inspect.signature(cls).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
+    for key in chosen:
+        if key not in known:
+            near = get_close_matches(key, known, 1, 0.0)[0]
+            raise Refused(f"optimizer {name} takes no argument {key!r}; the nearest is {near!r}")
+
+
+def _all_on_gpu(groups: list[Any]) -> bool:
+    tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    return bool(tensors) and all(p.is_cuda for p in tensors)
