@@ -50,6 +50,26 @@ def test_exact_loses_no_energy(shape: tuple[int, ...], kind: str) -> None:
         assert energy(w, factors) == pytest.approx(best(w, rank), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("shape", [(160, 160), (320, 160), (160, 40, 3, 3)])
+def test_fast_loses_half_a_percent_at_most(shape: tuple[int, ...], kind: str) -> None:
+    w = weight(shape, kind)
+    for rank in (4, 16, 24):
+        factors = factorize(w, rank, method="fast")
+        assert energy(w, factors) >= 0.995 * best(w, rank)
+        assert torch.equal(factors.up, factorize(w, rank, method="fast").up)
+
+
+@pytest.mark.parametrize(
+    "made_of", [torch.zeros, lambda *s: torch.eye(*s)[:, :1] @ torch.ones(1, s[1])]
+)
+def test_fast_falls_back_to_exact_on_degenerate_weights(made_of) -> None:
+    w = made_of(128, 128)
+    fast, exact = factorize(w, 4, method="fast"), factorize(w, 4)
+    torch.testing.assert_close(fast.dense(), exact.dense())
+    torch.testing.assert_close(fast.dense(), w)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_factors_are_balanced_and_not_clamped(shape: tuple[int, ...]) -> None:
     w = weight(shape)

@@ -152,7 +152,56 @@ def _exact(wide: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:].flip(1)
 
 
-METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": _exact}
+def _fast(wide: Tensor, rank: int) -> Tensor:
+    """As _exact up to 0.5 % of the energy: subspace iteration where it pays and converges."""
+    side = wide.shape[0]
+    found = _chebyshev(wide, rank) if 4 * (rank + EXTRA) <= side else None
+    return _exact(wide, rank) if found is None else found
+
+
+def _chebyshev(wide: Tensor, rank: int) -> Tensor | None:
+    """Chebyshev iteration on the bf16 Gram matrix of a wide matrix; None where it failed the test.
+
+    The damped part of the spectrum is [0, smallest Ritz value]. The block is made orthonormal at
+    every product and the recurrence carried along (both its terms times the same R^-1 span the same
+    space), because the leading directions would else drown the others. Accepted if the last sweep
+    moved the sum of the Ritz values by less than RITZ.
+    """
+    half = wide.bfloat16()
+    gram = half @ half.T
+    start = torch.randn(len(wide), rank + EXTRA, generator=torch.Generator().manual_seed(0))
+
+    def product(x: Tensor) -> Tensor:
+        return (gram @ x.bfloat16()).to(wide.dtype)
+
+    q = torch.linalg.qr(product(start.to(wide)))[0]
+    q = torch.linalg.qr(product(q))[0]
+    before = 0.0
+    for sweep in range(SWEEPS + 1):
+        image = product(q)
+        core = q.T @ image
+        if not torch.isfinite(core).all():
+            return None
+        ritz, turn = torch.linalg.eigh(core)
+        total = ritz[-rank:].sum().item()
+        old, new = q @ turn, image @ turn
+        bound = ritz[0].item()
+        if bound <= 0:
+            return None
+        if sweep == SWEEPS:
+            return old[:, -rank:].flip(1) if abs(total - before) <= RITZ * before else None
+        before = total
+        new = 2 / bound * new - old
+        for _ in range(DEGREE - 1):
+            q, r = torch.linalg.qr(new)
+            old = torch.linalg.solve_triangular(r, old, upper=True, left=False)
+            old, new = q, 2 * (2 / bound * product(q) - q) - old
+        q = torch.linalg.qr(new)[0]
+    raise AssertionError("the loop ends in its last sweep")
+
+
+SWEEPS, DEGREE, EXTRA, RITZ = 2, 4, 16, 0.015
+METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": _exact, "fast": _fast}
 
 
 def _balanced(matrix: Tensor, basis: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
