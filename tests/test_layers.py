@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "recast"
 LAYERS = {
     **dict.fromkeys(["errors", "events"], 0.0),
-    **dict.fromkeys(["commit"], 0.1),
+    **dict.fromkeys(["commit", "header"], 0.1),
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
     **dict.fromkeys(["markers", "timesteps", "weighting"], 0.3),
     "layout": 2,

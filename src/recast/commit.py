@@ -1,0 +1,313 @@
+"""Files and folders that appear whole or not at all.
+
+A file is written to a temporary one in the same folder, hashed on the way, synced, and renamed over
+its target: os.replace is the commit point, so a kill at any moment leaves the old file or the new
+one.  A folder is filled under a temporary name, gets a manifest (sizes and hashes) last and is then
+renamed; without a right manifest it does not exist.
+
+A temporary file is held by an flock while its owner lives; `sweep` removes those of dead owners.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from recast.errors import NoRoom, Refused
+
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-\d+\.recast-tmp")
+MANIFEST = "manifest.json"
+SPARE = 1.05  # of the announced size must be free: file systems need room for their own books
+CHUNK = 1 << 24
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_counter = itertools.count()
+
+
+class Writer(io.RawIOBase):
+    """A raw file that hashes what it is given.
+
+    Bytes written in order are hashed on the way; after a write elsewhere the file is read once
+    more at the end.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.at = 0
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        self._in_order = True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        self.at = base + offset
+        return self.at
+
+    def write(self, data: Any) -> int:
+        """Write all of data; unlike a plain raw file, never less."""
+        view = memoryview(data).cast("B")
+        self._in_order &= self.at == self._hashed
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self.fd, view[done : done + CHUNK], self.at + done)
+        if self._in_order:
+            self._hash.update(view)
+            self._hashed += len(view)
+        self.at += len(view)
+        self.size = max(self.size, self.at)
+        return len(view)
+
+    def sha256(self) -> str:
+        """Hash of the whole file so far."""
+        if self._in_order:
+            return self._hash.hexdigest()
+        whole = hashlib.sha256()
+        for start in range(0, self.size, CHUNK):
+            whole.update(os.pread(self.fd, CHUNK, start))
+        return whole.hexdigest()
+
+
+def commit(
+    path: Path | str,
+    write: Callable[[BinaryIO], object],
+    *,
+    size: int,
+    force: bool = False,
+    sources: Sequence[Path | str] = (),
+) -> str:
+    """Let `write` fill a file, make it appear at path in one step and return its sha256.
+
+    size: bytes that will be written, for the space check. sources: files the content is read from,
+    never overwritten, not even by force. Missing folders are created. Raises Refused (nothing
+    written) or NoRoom (what was there before still is).
+    """
+    path = Path(path)
+    refuse_target(path, force=force, sources=sources)
+    with _named_errors(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        require_room(path.parent, size)
+        temporary, fd = _create(path)
+        try:
+            digest = _fill(fd, write)
+            os.replace(temporary, path)  # noqa: PTH105 (tests make os fail)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(fd)
+        _sync_folder(path.parent)
+    return digest
+
+
+def refuse_target(path: Path, *, force: bool = False, sources: Sequence[Path | str] = ()) -> None:
+    """Raise Refused where commit would, so that long work can be refused before it begins."""
+    for source in sources:
+        if path.exists() and Path(source).exists() and path.samefile(source):
+            raise Refused(f"{path} is also the source {source}: name another file to write.")
+    if path.is_dir():
+        raise Refused(f"{path} is a folder: name a file to write.")
+    if path.exists() and not force:
+        raise Refused(f"{path} exists: name another file, or give --force to replace it.")
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise NoRoom unless size bytes and five per cent more are free in folder."""
+    free = shutil.disk_usage(folder).free
+    needed = int(size * SPARE)
+    if free < needed:
+        raise NoRoom(f"{folder} has {free:,} bytes free and {needed:,} are needed: make room "
+                     "there, or write to another disk.")  # fmt: skip
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files and folders whose owner is dead."""
+    for found in folder.glob(".*.recast-tmp"):
+        match = TEMPORARY.fullmatch(found.name)
+        if match is None or _alive(int(match["pid"])) or found.is_symlink():
+            continue
+        if found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
+        elif _abandoned(found):
+            found.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold folder/.lock; raises Refused, naming the process that holds it already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            raise Refused(f"{folder} is in use by process {owner}: wait for it to end, or work in "
+                          "another folder.") from error  # fmt: skip
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def commit_folder(path: Path | str, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write files into a temporary folder and make it appear at path in one step.
+
+    Raises Refused if path exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise Refused(f"{path} exists: name another folder, or remove it first.")
+    with _named_errors(path, 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        temporary = _temporary(path)
+        temporary.mkdir()
+        try:
+            fill(temporary)
+            _seal(temporary)
+            os.rename(temporary, path)  # noqa: PTH104 (tests make os fail)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def valid_folder(path: Path | str) -> bool:
+    """Whether a folder's manifest is there and every file has the size and hash it states."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if manifest.keys() != _files(path).keys():
+            return False
+        return all(_fact(path / name) == fact for name, fact in manifest.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    temporary = _temporary(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o666)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return temporary, fd
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}.recast-tmp")
+
+
+def _fill(fd: int, write: Callable[[BinaryIO], object]) -> str:
+    with Writer(fd) as file:
+        write(cast(BinaryIO, file))
+        os.fsync(fd)
+        if os.fstat(fd).st_size != file.size:
+            raise OSError(errno.EIO, "the file is not as long as what was written to it")
+        return file.sha256()
+
+
+def _seal(folder: Path) -> None:
+    """Sync every file of a folder and write the manifest last."""
+    files = _files(folder)
+    for file in files.values():
+        _sync(file)
+    manifest = {"files": {name: _fact(file) for name, file in files.items()}}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for inner in [folder, *(d for d in folder.rglob("*") if d.is_dir())]:
+        _sync_folder(inner)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = {p.relative_to(folder).as_posix(): p for p in found}
+    names.pop(MANIFEST, None)
+    return names
+
+
+def _fact(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    _sync(folder)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody holds the lock of a temporary file (its pid may be of another container)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@contextmanager
+def _named_errors(path: Path, size: int) -> Iterator[None]:
+    """Turn what the system says about a target into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            free = shutil.disk_usage(_standing(path)).free
+            need = f"{size:,} bytes are needed and {free:,}" if size else f"{free:,} bytes"
+            raise NoRoom(f"{path} could not be written, {need} are free: make room there, or "
+                         "write to another disk.") from error  # fmt: skip
+        if error.errno in FORBIDDEN:
+            raise Refused(f"{path} cannot be written ({error.strerror}): choose another place or "
+                          "change its permissions.") from error  # fmt: skip
+        raise
+
+
+def _standing(path: Path) -> Path:
+    """The nearest folder above path that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())

@@ -1,0 +1,36 @@
+"""What can go wrong, each with the exit code it ends the command with.
+
+A message is one sentence: what happened, where, and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class RecastError(Exception):
+    """Anything Recast stops for on purpose."""
+
+    code = 1
+
+
+class CheckFailed(RecastError):
+    """A check that was asked for did not pass."""
+
+    code = 1
+
+
+class Refused(RecastError):
+    """Bad input or usage; nothing has been written."""
+
+    code = 2
+
+
+class Diverged(RecastError):
+    """Training produced numbers that are not finite; the last good state is kept."""
+
+    code = 4
+
+
+class NoRoom(RecastError):
+    """The disk or a device's memory is too small; what existed before still does."""
+
+    code = 5
