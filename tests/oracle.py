@@ -67,9 +67,13 @@ def clusters(dim: int = 4) -> Mixture:
     )
 
 
-def exact_end(mixture: Mixture, path: Path, x: Tensor, t: Tensor) -> Tensor:
+def exact(mixture: Mixture, path: Path, x: Tensor, t: Tensor, later: Tensor) -> Tensor:
     """Where the ODE of a one-component mixture leads from x at t."""
-    alpha, sigma = levels(path, t, x)
     mean, scale = mixture.means[0].reshape(1, *x.shape[1:]), mixture.scales[0]
-    z = (x - alpha * mean) / (alpha**2 * scale**2 + sigma**2).sqrt()
-    return mean + scale * z
+
+    def place(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = levels(path, t, x)
+        return alpha * mean, (alpha**2 * scale**2 + sigma**2).sqrt()
+
+    (mean_t, width_t), (mean_later, width_later) = place(t), place(later)
+    return mean_later + width_later * (x - mean_t) / width_t

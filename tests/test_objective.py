@@ -2,24 +2,24 @@ import dataclasses
 
 import pytest
 import torch
+from tests.oracle import clusters
 
 from recast.errors import Refused
 from recast.objective import (
     EPS,
     FLOW,
     OBJECTIVES,
-    V,
     V_ZSNR,
     X0,
     Discrete,
     Linear,
     Objective,
+    V,
     carry,
     express,
     retime,
     start,
 )
-from tests.oracle import clusters
 
 ALL = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 PATHS = pytest.mark.parametrize("path", [Linear(), Discrete(), Discrete(zero_snr=True)], ids=str)

@@ -1,0 +1,179 @@
+"""Text to images: prompts and seeds in, pictures out, the same on every device and in every batch.
+
+A picture's noise, the first and any later, comes from a CPU generator with the picture's own seed.
+"""
+
+from collections.abc import Iterator, MutableSequence, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from recast.errors import Refused
+from recast.objective import Net, Objective, express, start
+from recast.sample.guidance import Met, guided, plain
+from recast.sample.prompts import Prompt
+from recast.sample.solvers import Generators, find_solver
+from recast.timesteps import grid
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class Painter(Protocol):
+    """What sampling needs of a model; `recast.model.Model` is one."""
+
+    objective: Objective
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def condition(self, prompts: Sequence[str], *, size: Any = None) -> Any: ...
+
+    def net(self, condition: Any) -> Net: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def latent_shape(self, size: Any = None) -> tuple[int, int, int]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler, `index` from 0: the sample after it, and every state asked in it.
+
+    `met` has one entry for single-call solvers, two for Heun and DPM-Solver++(2S); the first is the
+    sample the step began with. All in the coordinates of the objective that was sampled.
+    """
+
+    index: int
+    t: float
+    x: Tensor
+    met: tuple[Met, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    index: int
+    prompt: str
+    seed: int
+    image: Tensor  # (3, H, W) in [-1, 1], float32 on the CPU
+
+
+@torch.no_grad()
+def sample_latents(
+    net: Net,
+    objective: Objective,
+    eps: Tensor,
+    times: Tensor,
+    *,
+    scale: float = 1.0,
+    solver: str = "euler",
+    generator: Generators = None,
+) -> Iterator[Step]:
+    """From noise eps (B, C, h, w) along `times`, a Step each; the last Step's x is the sample.
+
+    At scale 1 `net` is bound to B conditions, else to 2 B, the positive ones first. `times` need
+    not be a grid of `timesteps.grid`: any that fall strictly, from anywhere, will do.
+    """
+    met: list[Met] = []
+    if scale == 1:
+        denoise = plain(net, objective, met=met)
+    else:
+        denoise = guided(net, objective, scale, met=met)
+    x = start(objective.path, eps, float(times[0]))
+    run = find_solver(solver)(denoise, objective.path, x, times, generator=generator)
+    for index, x in enumerate(run):
+        yield Step(index, float(times[index + 1]), x, tuple(met))
+        met.clear()
+
+
+@torch.no_grad()
+def sample_images(
+    model: Painter,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str | Sequence[str] = "",
+    steps: int = 25,
+    solver: str = "euler",
+    scale: float = 3.0,
+    as_objective: Objective | None = None,
+    shift: float = 1.0,
+    size: Size | None = None,
+    spacing: str | None = None,
+    batch: int = 8,
+    trace: MutableSequence[Step] | None = None,
+) -> Iterator[Picture]:
+    """Pictures of the prompts, one seed each, in order; decoded as soon as their batch is done.
+
+    With `as_objective` the model is sampled as if it had been trained for that one, exactly and
+    without training. Steps are appended to `trace`, batch after batch, as they are made. Raises
+    Refused for unknown names or unequal numbers of prompts and seeds.
+    """
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not len(prompts) == len(seeds) == len(negatives):
+        raise Refused(
+            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(negatives)} negative prompts:"
+            " give one seed and one negative prompt for each prompt"
+        )
+    objective = as_objective or model.objective
+    times = grid(objective.path, steps, shift=shift, spacing=spacing)
+    shape = model.latent_shape(size)
+    for first in range(0, len(prompts), batch):
+        rows = slice(first, first + batch)
+        texts, numbers, unwanted = prompts[rows], seeds[rows], negatives[rows]
+        generators = [Generator().manual_seed(seed) for seed in numbers]
+        eps = torch.stack([torch.randn(shape, generator=each) for each in generators])
+        asked = [*texts] if scale == 1 else [*texts, *unwanted]
+        condition = model.condition(asked, size=size)
+        net = express(model.net(condition), model.objective, objective)
+        for step in sample_latents(
+            net,
+            objective,
+            eps.to(model.device),
+            times,
+            scale=scale,
+            solver=solver,
+            generator=generators,
+        ):
+            if trace is not None:
+                trace.append(step)
+        images = model.decode(step.x).float().clamp(-1, 1).cpu()
+        for i, row in enumerate(zip(texts, numbers, images, strict=True), start=first):
+            yield Picture(i, *row)
+
+
+def sample_prompts(
+    model: Painter, prompts: Sequence[Prompt], *, seed: int = 0, **defaults: Any
+) -> Iterator[Picture]:
+    """Pictures of a prompts file: each line's own settings over the defaults of `sample_images`.
+
+    A line without a seed gets `seed` plus its index. Lines that follow each other with equal
+    settings share batches.
+    """
+
+    def settings(row: tuple[int, Prompt]) -> dict[str, Any]:
+        each = row[1]
+        own = {
+            "steps": each.steps,
+            "solver": each.solver,
+            "scale": each.scale,
+            "shift": each.shift,
+            "size": each.size,
+        }
+        return defaults | {name: value for name, value in own.items() if value is not None}
+
+    negative = defaults.pop("negative", "")
+    for common, group in groupby(enumerate(prompts), key=settings):
+        rows = list(group)
+        pictures = sample_images(
+            model,
+            [each.text for _, each in rows],
+            seeds=[seed + i if each.seed is None else each.seed for i, each in rows],
+            negative=[negative if each.negative is None else each.negative for _, each in rows],
+            **common,
+        )
+        for picture in pictures:
+            yield replace(picture, index=rows[picture.index][0])
