@@ -252,9 +252,9 @@ def _prepared(weight: Tensor, name: str) -> tuple[Tensor, float]:
 def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
     missing = rank - factor.shape[axis]
     if missing == 0:
-        return factor
+        return factor.contiguous()
     shape = (factor.shape[0], missing) if axis == 1 else (missing, factor.shape[1])
-    return torch.cat([factor, factor.new_zeros(shape)], axis)
+    return torch.cat([factor.contiguous(), factor.new_zeros(shape)], axis)
 
 
 def _called(name: str) -> str:
