@@ -107,6 +107,17 @@ def test_a_trace_holds_every_state_met(solver, calls):
             torch.testing.assert_close(EPS.noise(x0, eps, met.t), met.x)
 
 
+def test_pairs_are_met_at_scale_one_on_request():
+    eps, times = torch.randn(1, 3, 2, 2), grid(FLOW.path, 3)
+    net = Fake(FLOW).net(torch.tensor([0.1, 0.5]).reshape(2, 1, 1, 1))
+    *_, last = sample_latents(net, FLOW, eps, times, scale=1.0, paired=True)
+    *_, alone = sample_latents(
+        lambda x, t: net(x.expand(2, 3, 2, 2), t.expand(2))[:1], FLOW, eps, times
+    )
+    assert last.met[0].negative is not None
+    torch.testing.assert_close(last.x, alone.x)
+
+
 def test_sampling_leaves_gradients_to_its_caller():
     """A generator's no_grad must not leak out between two steps."""
     net = Fake(FLOW).net(torch.zeros(1, 1, 1, 1, requires_grad=True))

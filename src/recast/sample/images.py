@@ -70,18 +70,21 @@ def sample_latents(
     *,
     scale: float = 1.0,
     solver: str = "euler",
+    paired: bool | None = None,
     generator: Generators = None,
 ) -> Iterator[Step]:
     """From noise eps (B, C, h, w) along `times`, a Step each; the last Step's x is the sample.
 
-    At scale 1 `net` is bound to B conditions, else to 2 B, the positive ones first. `times` need
-    not be a grid of `timesteps.grid`: any that fall strictly, from anywhere, will do.
+    A paired net is bound to 2 B conditions, the positive ones first, any other to B; unless told,
+    it is paired if the scale is not 1. Pair it at scale 1 to have both answers in `met`. `times`
+    need not come from `timesteps.grid`: any that fall strictly, from anywhere, will do.
     """
     met: list[Met] = []
-    if scale == 1:
-        denoise = plain(net, objective, met=met)
-    else:
+    paired = scale != 1 if paired is None else paired
+    if paired:
         denoise = guided(net, objective, scale, met=met)
+    else:
+        denoise = plain(net, objective, met=met)
     x = start(objective.path, eps, float(times[0]))
     run = find_solver(solver)(denoise, objective.path, x, times, generator=generator)
     for index, x in enumerate(run):
