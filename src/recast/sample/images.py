@@ -81,10 +81,7 @@ def sample_latents(
     """
     met: list[Met] = []
     paired = scale != 1 if paired is None else paired
-    if paired:
-        denoise = guided(net, objective, scale, met=met)
-    else:
-        denoise = plain(net, objective, met=met)
+    denoise = guided(net, objective, scale, met=met) if paired else plain(net, objective, met=met)
     x = start(objective.path, eps, float(times[0]))
     run = find_solver(solver)(denoise, objective.path, x, times, generator=generator)
     for index, x in enumerate(run):
