@@ -76,6 +76,8 @@ def build(
     """
     row = _row(name)
     chosen = {**row.arguments, **({} if lr is None else {"lr": lr}), **arguments}
+    # a recipe file has lists only, where these classes expect tuples (betas)
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
     if chosen.get("lr") is not None and not chosen["lr"] > 0:
         raise Refused(
             f"optimizer {name}: lr is {chosen['lr']}; it must be above 0 to train anything"

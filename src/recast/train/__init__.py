@@ -1,0 +1,47 @@
+"""Training: draws, targets, losses, the loop that yields steps, and the state it resumes from."""
+
+from recast.train.draws import Draw, check, checked, noised, replayed, seeded
+from recast.train.ema import Ema
+from recast.train.loop import Step, rate, train
+from recast.train.loss import DISTANCES, Criterion, Distance, Seen, Student, criterion
+from recast.train.schedules import SCHEDULES, Schedule, warmup
+from recast.train.state import Found, append, latest, load, log_length, open_log, save
+from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, mix
+from recast.train.warm import Fit, fit_clock
+
+__all__ = [
+    "DISTANCES",
+    "SCHEDULES",
+    "Answer",
+    "Criterion",
+    "Distance",
+    "Draw",
+    "Ema",
+    "Fit",
+    "Found",
+    "Schedule",
+    "Seen",
+    "Step",
+    "Student",
+    "Target",
+    "Teacher",
+    "append",
+    "check",
+    "checked",
+    "criterion",
+    "fit_clock",
+    "from_data",
+    "from_teacher",
+    "latest",
+    "load",
+    "log_length",
+    "mix",
+    "noised",
+    "open_log",
+    "rate",
+    "replayed",
+    "save",
+    "seeded",
+    "train",
+    "warmup",
+]

@@ -1,0 +1,134 @@
+"""The training loop: a generator that takes draws and yields one Step after another.
+
+    draw -> losses per sample -> backward -> (accumulate) -> clip -> optimizer -> Step
+
+The caller logs, saves, samples and stops. A step whose loss or gradient is not finite is skipped
+with parameters and optimizer untouched; three in a row raise Diverged.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from recast.errors import Diverged
+from recast.train.draws import Draw
+from recast.train.ema import Ema
+from recast.train.loss import Criterion, Student
+from recast.train.schedules import Schedule
+
+PATIENCE = 3  # steps in a row that may be skipped before the run counts as diverged
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; `step` counts the steps done, this one included.
+
+    `losses` and `times` are (B,) on the CPU over all accumulated draws: the distance of each
+    sample before weighting, and where on the path it lay. `loss` is the weighted mean that was
+    minimised. `lr` is the rate in effect (times `d`, which is 1 unless the optimizer adapts it).
+    `skipped` counts the steps skipped in a row up to here: 0 if this one was taken.
+    """
+
+    step: int
+    loss: float
+    losses: Tensor
+    times: Tensor
+    grad_norm: float
+    lr: float
+    d: float
+    skipped: int
+
+
+def train(
+    net: Student,
+    draws: Iterable[Draw],
+    criterion: Criterion,
+    optimizer: Optimizer,
+    *,
+    accumulate: int = 1,
+    clip: float | None = 1.0,
+    schedule: Schedule | None = None,
+    ema: Ema | None = None,
+    done: int = 0,
+    skipped: int = 0,
+    autocast: torch.dtype | None = None,
+    backward: Callable[[Tensor], None] = torch.Tensor.backward,
+) -> Iterator[Step]:
+    """Train everything the optimizer holds, `accumulate` draws to a step, until draws run out.
+
+    Accumulated draws count alike, whatever their batch size. To resume, pass `done` and
+    `skipped` of the last Step and draws that go on where it stopped. `autocast` is the dtype of
+    the net's forward pass; losses are fp32. `backward` is accelerate's when it drives the run.
+    Raises Diverged at the third step in a row that is not finite; then the state last saved is
+    the one to go back to.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device.type
+    remaining = iter(draws)
+    while micro := list(islice(remaining, accumulate)):
+        set_rate(optimizer, schedule(done) if schedule else 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        forward: AbstractContextManager = (
+            torch.autocast(device, autocast) if autocast else nullcontext()
+        )
+
+        # gradients
+        shares, losses = [], []
+        for draw in micro:
+            with forward:
+                seen = criterion(net, draw)
+            loss = seen.weighted.mean() / len(micro)
+            backward(loss)
+            shares.append(loss.detach())
+            losses.append(seen.distance.detach().float())
+        norm = _clip(parameters, clip)
+        total = torch.stack(shares).sum().item()
+
+        # update
+        done += 1
+        finite = math.isfinite(total) and math.isfinite(norm)
+        skipped = 0 if finite else skipped + 1
+        lr, d = rate(optimizer)
+        if finite:
+            optimizer.step()
+            if ema:
+                ema.update()
+        elif skipped >= PATIENCE:
+            raise Diverged(
+                f"step {done}: loss {total} and gradient norm {norm}, "
+                f"the {skipped}. step in a row that is not finite; lower the learning rate"
+            )
+        times = torch.cat([draw.t.detach().float() for draw in micro]).cpu()
+        yield Step(done, total, torch.cat(losses).cpu(), times, norm, lr, d, skipped)
+
+
+def set_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's rate to `factor` times the rate it was built with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def rate(optimizer: Optimizer) -> tuple[float, float]:
+    """The first group's rate in effect, and the factor `d` that adaptive optimizers put in it."""
+    group = optimizer.param_groups[0]
+    d = float(group.get("d", 1.0))
+    return float(group["lr"]) * d, d
+
+
+def _clip(parameters: list[Tensor], clip: float | None) -> float:
+    """Scale the gradients to the norm `clip` at most and return the norm they had.
+
+    Without a clip (None, 0) they stay as they are. A parameter that met no loss (the last layer of
+    a text encoder read before it) gets zeros: some optimizers cannot step without a gradient.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    limit = clip or math.inf
+    return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
