@@ -139,8 +139,11 @@ def prune(root: Path, keep: int) -> None:
     """Remove all states older than the `keep` newest whole ones, and what a kill left of others."""
     for doomed in root.glob(".removed-step*"):
         shutil.rmtree(doomed)
-    whole = [step for step, path in _states(root) if valid_folder(path)]
-    for step, path in list(_states(root)):
+    states = list(_states(root))
+    if len(states) <= keep:
+        return
+    whole = [step for step, path in states if valid_folder(path)]
+    for step, path in states:
         if len(whole) > keep and step < whole[-keep]:
             _remove(path)
 
