@@ -157,8 +157,9 @@ def write_dict(
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    # torch calls a single element contiguous whatever its stride, and then cannot view it as bytes
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _open(path: Path) -> int:

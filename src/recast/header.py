@@ -221,7 +221,7 @@ def _spec(path: Path, name: str, entry: object) -> Spec:
         raise _damaged(path, f"tensor {name[:120]} has {len(shape)} dimensions")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise Refused(f"{path}: tensor {name[:120]} has the number format {str(dtype)[:20]!r}, "
-                      "which Recast does not read: give an fp32, fp16, bf16 or fp8 file.")  # fmt: skip
+                      "which Recast does not read: give an fp32, fp16, bf16 or fp8.")  # fmt: skip
     start, end = offsets
     span = math.prod(max(size, 1) for size in shape) * DTYPES[dtype][0]
     if span > SIZE_LIMIT or end - start != math.prod(shape) * DTYPES[dtype][0]:

@@ -1,0 +1,82 @@
+"""Checkpoints of any size with seeded random weights, for tests and benchmarks.
+
+The weights are scaled so that the networks neither die nor explode; they have learnt nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recast.checkpoint import write
+from recast.layout.blueprint import Plan, blueprint
+from recast.layout.names import TEXTS, UNET
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def generate(
+    path: Path | str,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    dtype: str = "F16",
+    metadata: Mapping[str, str] | None = None,
+    extras: bool = True,
+    force: bool = False,
+) -> str:
+    """Stream a checkpoint of a plan to a file and return its sha256.
+
+    extras: also what real files carry beside the weights (position_ids, logit_scale).
+    """
+    specs: Specs = {}
+    if extras:
+        specs |= _extras(plan, dtype)
+    specs |= {key: (dtype, shape) for key, shape in blueprint(plan).items()}
+    return write(path, specs, _tensors(specs, seed), metadata or {}, force=force)
+
+
+def _extras(plan: Plan, dtype: str) -> Specs:
+    specs: Specs = {}
+    prefixes = TEXTS[plan.family]
+    if plan.te1:
+        specs[prefixes["te1"] + "embeddings.position_ids"] = ("I64", (1, plan.te1.positions))
+    if plan.te2:
+        specs[prefixes["te2"] + "logit_scale"] = (dtype, ())
+    return specs
+
+
+def _tensors(specs: Specs, seed: int) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for key, (dtype, shape) in specs.items():
+        if dtype == "I64":
+            yield key, torch.arange(math.prod(shape)).reshape(shape)
+            continue
+        values = torch.randn(shape, generator=generator) * _scale(key, shape)
+        if _is_gain(key, shape):
+            values += 1.0
+        yield key, values.to(getattr(torch, _TORCH[dtype]))
+
+
+def _scale(key: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a tensor's values: 1 / sqrt(fan in) for matrices."""
+    if len(shape) < 2:
+        return 0.05
+    if "embedding" in key and not key.startswith(UNET):
+        return 0.1
+    return 1 / math.sqrt(math.prod(shape[1:]))
+
+
+def _is_gain(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a norm."""
+    return len(shape) == 1 and key.endswith(".weight")
+
+
+_TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

@@ -1,0 +1,177 @@
+"""The places of a checkpoint that can be trained, by profile, with their names in LoRA files.
+
+    lycoris-full  every matrix and convolution that LyCORIS' preset "full" trains: SDXL 788, SD 1.5 282
+    principal     the same
+    all           also SDXL's time, label, in and out matrices: 794
+    readout       every parameter of the last up block and of the output layers
+    time          every parameter of the time embedding
+    te1, te2      the linear layers of a text encoder: 72, 192
+    every         every parameter of the UNet and the text encoders
+    IN04, MID1, OUT08, TE1.L00 …   every parameter of that block
+
+Profiles and blocks may be joined by commas.  Blocks are counted as in the file: IN01 to OUT11 are
+input_blocks.1 to output_blocks.11; IN, OUT, TIME, LABEL the layers around them; TE1.EMB, TE1.L00 …,
+TE1.NORM, TE2.PROJ those of a text encoder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from recast.errors import Refused
+from recast.layout.blueprint import Plan, blueprint
+from recast.layout.keymap import Entry, trace
+from recast.layout.names import TEXTS, UNET
+
+KINDS = {1: "norm", 2: "linear", 4: "conv"}
+NOT_LYCORIS = ("IN", "OUT", "TIME", "LABEL")  # SDXL's matrices that the preset leaves out
+MATRICES = ("linear", "conv")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One trainable parameter.
+
+    key: the tensor in the file; module, param: the parameter in its part ("unet", "te1", "te2"), as
+    `module.param`. shape is the parameter's. rows: its slice of the file's tensor, None for all of
+    it; transpose: whether the file stores it transposed. kind: linear, conv, norm or embedding, of
+    the module. lora: kohya's name of the module.
+    """
+
+    key: str
+    part: str
+    module: str
+    param: str
+    lora: str
+    block: str
+    kind: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+
+    @property
+    def name(self) -> str:
+        """The parameter's path in its part."""
+        return f"{self.module}.{self.param}"
+
+
+def sites(plan: Plan, profile: str) -> list[Site]:
+    """The sites a profile names, each once, in the order of the network.
+
+    Raises Refused for a name that is neither a profile nor a block of this plan, giving the nearest.
+    """
+    everything = every(plan)
+    wanted: set[str] = set()
+    for name in profile.split(","):
+        choose = _chooser(plan, everything, name.strip())
+        wanted |= {site.part + site.name for site in everything if choose(site)}
+    return [site for site in everything if site.part + site.name in wanted]
+
+
+def every(plan: Plan) -> list[Site]:
+    """Every parameter of the UNet and the text encoders."""
+    shapes = blueprint(plan)
+    entries = [entry for entry in trace(plan) if entry.part != "vae"]
+    ranks = {
+        (e.part, e.param.rpartition(".")[0]): len(shapes[e.key])
+        for e in entries
+        if e.param.endswith(".weight")
+    }
+    return [_site(plan, entry, shapes[entry.key], ranks) for entry in entries]
+
+
+def _site(
+    plan: Plan, entry: Entry, shape: tuple[int, ...], ranks: dict[tuple[str, str], int]
+) -> Site:
+    module, _, param = entry.param.rpartition(".")
+    kind = KINDS[ranks[entry.part, module]]
+    if module.endswith("_embedding") and entry.part != "unet":
+        kind = "embedding"
+    if entry.rows is not None:
+        shape = (entry.rows[1] - entry.rows[0], *shape[1:])
+    if entry.transpose:
+        shape = shape[::-1]
+    return Site(
+        entry.key, entry.part, module, param, lora_name(plan, entry), block_name(plan, entry),
+        kind, shape, entry.rows, entry.transpose,
+    )  # fmt: skip
+
+
+def lora_name(plan: Plan, entry: Entry) -> str:
+    """kohya's name of a module: from the file's path for SDXL, from diffusers' for SD 1.5's UNet."""
+    module = entry.param.rpartition(".")[0]
+    if entry.part == "unet":
+        if plan.family == "sdxl":
+            module = entry.key.removeprefix(UNET).rpartition(".")[0]
+        return "lora_unet_" + module.replace(".", "_")
+    head = "lora_te_" if plan.family == "sd15" else f"lora_{entry.part}_"
+    if entry.part == "te1":
+        module = "text_model." + module  # a level that newer transformers have dropped
+    return head + module.replace(".", "_")
+
+
+def block_name(plan: Plan, entry: Entry) -> str:
+    """The block of a parameter, such as IN04, OUT08, TE2.L31."""
+    if entry.part != "unet":
+        return f"{entry.part.upper()}.{_text_block(entry.param.removeprefix('text_model.'))}"
+    first, *rest = entry.key.removeprefix(UNET).split(".")
+    if first == "input_blocks":
+        return "IN" if rest[0] == "0" else f"IN{int(rest[0]):02}"
+    if first == "output_blocks":
+        return f"OUT{int(rest[0]):02}"
+    names = {"time_embed": "TIME", "label_emb": "LABEL", "out": "OUT"}
+    return f"MID{rest[0]}" if first == "middle_block" else names[first]
+
+
+def _text_block(param: str) -> str:
+    first, *rest = param.split(".")
+    if first == "encoder":
+        return f"L{int(rest[1]):02}"
+    return {"embeddings": "EMB", "final_layer_norm": "NORM", "text_projection": "PROJ"}[first]
+
+
+def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], bool]:
+    """What belongs to one profile or block."""
+
+    def matrix(site: Site) -> bool:
+        return site.part == "unet" and site.param == "weight" and site.kind in MATRICES
+
+    def full(site: Site) -> bool:
+        return matrix(site) and (plan.family != "sdxl" or site.block not in NOT_LYCORIS)
+
+    def layer(part: str) -> Callable[[Site], bool]:
+        return lambda site: (
+            site.part == part
+            and site.param == "weight"
+            and site.kind == "linear"
+            and ".L" in site.block
+        )
+
+    last = _last_up_block(plan)
+    profiles: dict[str, Callable[[Site], bool]] = {
+        "lycoris-full": full,
+        "principal": full,
+        "all": matrix,
+        "readout": lambda site: site.block in last,
+        "time": lambda site: site.block == "TIME",
+        "every": lambda site: True,
+        **{part: layer(part) for part in TEXTS[plan.family]},
+    }
+    if name in profiles:
+        return profiles[name]
+    blocks = {site.block for site in everything}
+    block = "IN" if name == "IN00" else name
+    if block in blocks:
+        return lambda site: site.block == block
+    names = [*profiles, *sorted(blocks)]
+    near = difflib.get_close_matches(name, names, 1, 0)
+    raise Refused(f"{name!r} is no profile and no block of this model: did you mean {near[0]}? The "
+                  f"profiles are {', '.join(profiles)}.")  # fmt: skip
+
+
+def _last_up_block(plan: Plan) -> set[str]:
+    """The blocks of the read-out: the last level's output blocks, and the output layers."""
+    count = len(plan.unet.widths) * (plan.unet.layers + 1)
+    return {"OUT", *(f"OUT{i:02}" for i in range(count - plan.unet.layers - 1, count))}
