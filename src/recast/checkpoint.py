@@ -165,9 +165,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _open(path: Path) -> int:
     if path.is_dir():
         if (path / "model_index.json").exists() or (path / "unet").is_dir():
-            raise Refused(f"{path} is a diffusers folder and Recast reads single files: write one "
-                          "with diffusers' scripts/convert_diffusers_to_original_sdxl.py (or "
-                          "..._original_stable_diffusion.py for SD 1.5).")  # fmt: skip
+            raise Refused(
+                f"{path} is a diffusers folder and Recast reads single files: write one "
+                "with diffusers' scripts/convert_diffusers_to_original_sdxl.py (or "
+                "..._original_stable_diffusion.py for SD 1.5)."
+            )
         raise Refused(f"{path} is a folder: give a .safetensors file.")
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -186,13 +188,19 @@ def _read_header(path: Path, fd: int, limit: int) -> Header:
     if len(first) < 10 or length > size - 8 or length > limit or first[8:9] != b"{":
         refuse_kind(path, first)
         if first[8:9] == b"{" and limit < length <= size - 8:
-            raise Refused(f"{path} has a header of {length:,} bytes, more than the {limit:,} of "
-                          "any checkpoint: it is damaged or made to exhaust memory.")  # fmt: skip
+            raise Refused(
+                f"{path} has a header of {length:,} bytes, more than the {limit:,} of "
+                "any checkpoint: it is damaged or made to exhaust memory."
+            )
         if first[8:9] == b"{" and length < 1 << 32:
-            raise Refused(f"{path} is truncated (its header alone has {length:,} bytes, the file "
-                          f"{size:,}): download or copy it again.")  # fmt: skip
-        raise Refused(f"{path} is no safetensors file (it begins with {first[:8]!r}): give a "
-                      ".safetensors checkpoint.")  # fmt: skip
+            raise Refused(
+                f"{path} is truncated (its header alone has {length:,} bytes, the file "
+                f"{size:,}): download or copy it again."
+            )
+        raise Refused(
+            f"{path} is no safetensors file (it begins with {first[:8]!r}): give a "
+            ".safetensors checkpoint."
+        )
     text = bytearray(length)
     _read_into(path, fd, memoryview(text), 8)
     return parse_header(path, bytes(text), size - 8 - length)
@@ -204,9 +212,12 @@ def _read_into(path: Path, fd: int, view: memoryview, at: int) -> None:
         try:
             count = os.preadv(fd, [view[done : done + CHUNK]], at + done)
         except OSError as error:
-            raise Refused(f"{path} cannot be read at byte {at + done:,} ({error.strerror}): check "
-                          "the disk, or copy the file elsewhere.") from error  # fmt: skip
+            raise Refused(
+                f"{path} cannot be read at byte {at + done:,} ({error.strerror}): check "
+                "the disk, or copy the file elsewhere."
+            ) from error
         if not count:
-            raise Refused(f"{path} became shorter while it was read: run again once nothing else "
-                          "writes it.")  # fmt: skip
+            raise Refused(
+                f"{path} became shorter while it was read: run again once nothing else writes it."
+            )
         done += count

@@ -138,8 +138,10 @@ def require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     needed = int(size * SPARE)
     if free < needed:
-        raise NoRoom(f"{folder} has {free:,} bytes free and {needed:,} are needed: make room "
-                     "there, or write to another disk.")  # fmt: skip
+        raise NoRoom(
+            f"{folder} has {free:,} bytes free and {needed:,} are needed: make room "
+            "there, or write to another disk."
+        )
 
 
 def sweep(folder: Path) -> None:
@@ -164,8 +166,10 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            raise Refused(f"{folder} is in use by process {owner}: wait for it to end, or work in "
-                          "another folder.") from error  # fmt: skip
+            raise Refused(
+                f"{folder} is in use by process {owner}: wait for it to end, or work in "
+                "another folder."
+            ) from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         yield
@@ -300,11 +304,15 @@ def _named_errors(path: Path, size: int) -> Iterator[None]:
         if error.errno in FULL:
             free = shutil.disk_usage(_standing(path)).free
             need = f"{size:,} bytes are needed and {free:,}" if size else f"{free:,} bytes"
-            raise NoRoom(f"{path} could not be written, {need} are free: make room there, or "
-                         "write to another disk.") from error  # fmt: skip
+            raise NoRoom(
+                f"{path} could not be written, {need} are free: make room there, or "
+                "write to another disk."
+            ) from error
         if error.errno in FORBIDDEN:
-            raise Refused(f"{path} cannot be written ({error.strerror}): choose another place or "
-                          "change its permissions.") from error  # fmt: skip
+            raise Refused(
+                f"{path} cannot be written ({error.strerror}): choose another place or "
+                "change its permissions."
+            ) from error
         raise
 
 

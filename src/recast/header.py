@@ -100,8 +100,10 @@ def refuse_kind(path: Path, first: bytes) -> None:
     """Raise Refused if the first bytes are those of something people mistake for a checkpoint."""
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise Refused(f"{path} is a web page saved under this name: download the file itself, "
-                      "logged in if the site asks for it.")  # fmt: skip
+        raise Refused(
+            f"{path} is a web page saved under this name: download the file itself, "
+            "logged in if the site asks for it."
+        )
     if text.startswith(b"{") and first[:1] == b"{":
         raise Refused(f"{path} is a JSON text: give the .safetensors file that belongs to it.")
     if first.startswith(b"PK\x03\x04"):
@@ -220,8 +222,10 @@ def _spec(path: Path, name: str, entry: object) -> Spec:
     if len(shape) > RANK_LIMIT:
         raise _damaged(path, f"tensor {name[:120]} has {len(shape)} dimensions")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Refused(f"{path}: tensor {name[:120]} has the number format {str(dtype)[:20]!r}, "
-                      "which Recast does not read: give an fp32, fp16, bf16 or fp8.")  # fmt: skip
+        raise Refused(
+            f"{path}: tensor {name[:120]} has the number format {str(dtype)[:20]!r}, "
+            "which Recast does not read: give an fp32, fp16, bf16 or fp8."
+        )
     start, end = offsets
     span = math.prod(max(size, 1) for size in shape) * DTYPES[dtype][0]
     if span > SIZE_LIMIT or end - start != math.prod(shape) * DTYPES[dtype][0]:
@@ -241,8 +245,10 @@ def _refuse_gaps(path: Path, ordered: list[tuple[str, Spec]], data: int) -> None
             raise _damaged(path, f"tensor {name[:120]} {what}")
         at = spec.end
     if data < at:
-        raise Refused(f"{path} is truncated ({at - data:,} of {at:,} bytes of tensors are missing)"
-                      ": download or copy it again.")  # fmt: skip
+        raise Refused(
+            f"{path} is truncated ({at - data:,} of {at:,} bytes of tensors are missing)"
+            ": download or copy it again."
+        )
     if data > at:
         raise _damaged(path, f"{data - at:,} bytes at its end belong to no tensor")
 

@@ -63,8 +63,10 @@ def read_objective(names: Iterable[str], metadata: Mapping[str, str]) -> Evidenc
         if not _agree(objective, other):
             odd.append(f"{first} says {objective}, {place} says {other}")
     if objective in TENSORS and "v_pred" not in tensors:
-        odd.append(f"{first} says {objective}, but the v_pred tensor is absent: "
-                   "ComfyUI and Forge will sample it as eps")  # fmt: skip
+        odd.append(
+            f"{first} says {objective}, but the v_pred tensor is absent: "
+            "ComfyUI and Forge will sample it as eps"
+        )
     reasons = tuple(f"{place}: {word}" for place, word in stated)
     return Evidence(objective, reasons, tuple(odd))
 

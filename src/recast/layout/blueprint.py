@@ -235,7 +235,7 @@ def clip(plan: TextPlan) -> Named:
 
 
 def open_clip(plan: TextPlan) -> Named:
-    """A CLIP text encoder in the names of OpenCLIP: q, k and v stacked, the projection transposed."""
+    """A CLIP text encoder in OpenCLIP's names: q, k, v stacked, the projection transposed."""
     yield "token_embedding.weight", (plan.vocabulary, plan.width)
     yield "positional_embedding", (plan.positions, plan.width)
     for index in range(plan.layers):

@@ -51,8 +51,10 @@ def unet_config(plan: Plan) -> Config:
 def vae_config(plan: VAEPlan, family: str) -> Config:
     """Arguments of AutoencoderKL."""
     if odd := [width for width in plan.widths if width % GROUPS]:
-        raise Refused(f"the VAE has layers {odd[0]} wide, and its group norms take multiples of "
-                      f"{GROUPS}: give a Stable Diffusion checkpoint.")  # fmt: skip
+        raise Refused(
+            f"the VAE has layers {odd[0]} wide, and its group norms take multiples of "
+            f"{GROUPS}: give a Stable Diffusion checkpoint."
+        )
     return {
         "in_channels": 3,
         "out_channels": 3,
@@ -92,18 +94,27 @@ def _size_width(plan: Plan) -> int:
         return 256
     width, rest = divmod(vector - pooled, SIZES)
     if rest or width < 2 or width % 2:
-        raise Refused(f"the UNet's label_emb takes {vector} numbers, which is not {pooled} of pooled "
-                      f"text and {SIZES} embedded sizes: the text encoder is of another model.")  # fmt: skip
+        raise Refused(
+            f"the UNet's label_emb takes {vector} numbers, which is not {pooled} of pooled "
+            f"text and {SIZES} embedded sizes: give a file whose text encoder is the "
+            "UNet's own."
+        )
     return width
 
 
 def _refuse_odd(unet: UNetPlan) -> None:
     if odd := [width for width in unet.widths if width % GROUPS]:
-        raise Refused(f"the UNet has levels {odd[0]} wide, and its group norms take multiples of "
-                      f"{GROUPS}: give a Stable Diffusion checkpoint.")  # fmt: skip
+        raise Refused(
+            f"the UNet has levels {odd[0]} wide, and its group norms take multiples of "
+            f"{GROUPS}: give a Stable Diffusion checkpoint."
+        )
     if unet.depths[-1] not in (0, unet.middle) or not unet.middle:
-        raise Refused(f"the UNet's middle block has {unet.middle} transformer blocks and its last "
-                      f"level {unet.depths[-1]}: diffusers has no such UNet.")  # fmt: skip
+        raise Refused(
+            f"the UNet's middle block has {unet.middle} transformer blocks and its last "
+            f"level {unet.depths[-1]}: diffusers has no such UNet."
+        )
     if unet.channels != 4:
-        raise Refused(f"the UNet takes {unet.channels} channels, so it is an inpainting or editing "
-                      "model: give its text-to-image base.")  # fmt: skip
+        raise Refused(
+            f"the UNet takes {unet.channels} channels, so it is an inpainting or editing "
+            "model: give its text-to-image base."
+        )

@@ -6,10 +6,9 @@ tensor, or the file is refused with what differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from recast.checkpoint import FLOATS, Spec
 from recast.errors import Refused
@@ -20,6 +19,7 @@ from recast.layout.names import PART_NAMES, TEXTS, UNET, VAE, is_adapter, is_ext
 from recast.markers import MARKERS
 
 Shapes = Mapping[str, tuple[int, ...]]
+Read = TypeVar("Read", VAEPlan, TextPlan)
 
 # names that decide: (beginning of a tensor's name, what such a file is)
 STRANGERS = (
@@ -63,29 +63,37 @@ def detect(checkpoint: Opened) -> Layout:
     expected = blueprint(plan)
     _refuse_differences(checkpoint.path, plan, expected, shapes)
     _refuse_integers(checkpoint, expected)
-    present = {"vae": plan.vae, "te1": plan.te1, "te2": plan.te2}
-    wanted = ("vae", *TEXTS[plan.family])
-    texts = {
-        part: text for part in TEXTS[plan.family] if isinstance(text := present[part], TextPlan)
-    }
+    known = {*expected, *MARKERS}
+    try:
+        return _layout(plan, tuple(key for key in shapes if key not in known))
+    except Refused as error:
+        raise Refused(f"{checkpoint.path}: {error}") from error
+
+
+def _layout(plan: Plan, extras: tuple[str, ...]) -> Layout:
+    found = {"te1": plan.te1, "te2": plan.te2}
+    texts = {part: text for part, text in found.items() if text is not None}
+    parts = {"vae": plan.vae, **found}
     return Layout(
         family=plan.family,
         plan=plan,
         unet=unet_config(plan),
-        vae=vae_config(plan.vae, plan.family) if plan.vae else None,
+        vae=None if plan.vae is None else vae_config(plan.vae, plan.family),
         texts=tuple(text_config(text, part) for part, text in texts.items()),
         text_parts=tuple(texts),
         scaling=SCALING[plan.family],
-        missing=tuple(part for part in wanted if present[part] is None),
-        extras=tuple(key for key in shapes if key not in expected and key not in MARKERS),
+        missing=tuple(part for part in ("vae", *TEXTS[plan.family]) if parts[part] is None),
+        extras=extras,
     )
 
 
 def _refuse_strangers(path: Path, shapes: Shapes) -> None:
-    if adapter := [key for key in shapes if is_adapter(key)]:
-        if len(adapter) > len(shapes) // 2:
-            raise Refused(f"{path} is a LoRA or another adapter ({_few(adapter)}): give the "
-                          "checkpoint it was made for.")  # fmt: skip
+    adapter = [key for key in shapes if is_adapter(key)]
+    if len(adapter) > len(shapes) // 2:
+        raise Refused(
+            f"{path} is a LoRA or another adapter ({_few(adapter)}): give the "
+            "checkpoint it was made for."
+        )
     if UNET + "input_blocks.0.0.weight" in shapes:
         for prefix in ("cond_stage_model.model.", "conditioner.embedders.0.model."):
             if found := [key for key in shapes if key.startswith(prefix)]:
@@ -95,35 +103,48 @@ def _refuse_strangers(path: Path, shapes: Shapes) -> None:
     for prefix, what in STRANGERS:
         if found := [key for key in shapes if key.startswith(prefix)]:
             raise Refused(f"{path} is {what} ({_few(found)}): {NEEDED}.")
-    raise Refused(f"{path} holds no UNet that Recast knows ({UNET}input_blocks.0.0.weight is absent; "
-                  f"it has {_few(shapes) or 'no tensors'}): {NEEDED}.")  # fmt: skip
+    raise Refused(
+        f"{path} holds no UNet that Recast knows ({UNET}input_blocks.0.0.weight is absent, "
+        f"it has {_few(shapes) or 'no tensors'}): {NEEDED}."
+    )
 
 
 def _read_plan(path: Path, shapes: Shapes) -> Plan:
     try:
         unet = _read_unet(shapes)
     except (KeyError, IndexError, ValueError) as error:
-        raise Refused(f"{path} has a UNet whose tensor {error} is absent or of a strange shape: "
-                      f"{NEEDED}.") from error  # fmt: skip
+        raise Refused(
+            f"{path} has a UNet whose tensor {error} is absent or of a strange shape: {NEEDED}."
+        ) from error
     family = "sd15" if unet.vector is None else "sdxl"
     if family == "sd15" and unet.linear:
-        raise Refused(f"{path} is a Stable Diffusion 2 UNet (no label_emb, and proj_in is a matrix): "
-                      f"{NEEDED}.")  # fmt: skip
-    plan = Plan(family, unet, None, None)
-    prefixes = TEXTS[family]
-    reads = {"vae": (VAE, _read_vae), "te1": (prefixes["te1"], _read_clip)}
-    if "te2" in prefixes:
-        reads["te2"] = (prefixes["te2"], _read_open_clip)
-    for part, (prefix, read) in reads.items():
-        inside = {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)}
-        if all(is_extra(prefix + key) for key in inside):
-            continue
-        try:
-            plan = replace(plan, **{part: read(inside)})
-        except (KeyError, IndexError, ValueError) as error:
-            raise Refused(f"{path} has a {PART_NAMES[part]} whose tensor {error} below {prefix} is "
-                          f"absent or of a strange shape: {NEEDED}.") from error  # fmt: skip
-    return plan
+        raise Refused(
+            f"{path} is a Stable Diffusion 2 UNet (no label_emb, proj_in is a matrix): {NEEDED}."
+        )
+    texts = TEXTS[family]
+    return Plan(
+        family,
+        unet,
+        _read_part(path, shapes, "vae", VAE, _read_vae),
+        _read_part(path, shapes, "te1", texts["te1"], _read_clip),
+        _read_part(path, shapes, "te2", texts["te2"], _read_open_clip) if "te2" in texts else None,
+    )
+
+
+def _read_part(
+    path: Path, shapes: Shapes, part: str, prefix: str, read: Callable[[Shapes], Read]
+) -> Read | None:
+    """The plan of the tensors below a prefix, None where there are none."""
+    inside = {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)}
+    if all(is_extra(prefix + key) for key in inside):
+        return None
+    try:
+        return read(inside)
+    except (KeyError, IndexError, ValueError) as error:
+        raise Refused(
+            f"{path} has a {PART_NAMES[part]} whose tensor {error} below {prefix} is absent or of "
+            f"a strange shape: {NEEDED}."
+        ) from error
 
 
 def _read_unet(shapes: Shapes) -> UNetPlan:
@@ -218,16 +239,20 @@ def _refuse_differences(path: Path, plan: Plan, expected: Shapes, shapes: Shapes
         told.append(f"{len(other)} of another shape ({_few(each)})")
     if told:
         name = {"sdxl": "SDXL", "sd15": "SD 1.5"}[plan.family]
-        raise Refused(f"{path} looks like {name} but has {', '.join(told)}: it is incomplete, or of "
-                      "an architecture that Recast does not know.")  # fmt: skip
+        raise Refused(
+            f"{path} looks like {name} but has {', '.join(told)}: it is incomplete, or of an "
+            "architecture that Recast does not know."
+        )
 
 
 def _refuse_integers(checkpoint: Opened, expected: Shapes) -> None:
     odd = [key for key in expected if checkpoint.specs[key].dtype not in FLOATS]
     if odd:
         formats = sorted({checkpoint.specs[key].dtype for key in odd})
-        raise Refused(f"{checkpoint.path} stores {len(odd)} weights as {', '.join(formats)} "
-                      f"({_few(odd)}): give the fp32, fp16, bf16 or fp8 original.")  # fmt: skip
+        raise Refused(
+            f"{checkpoint.path} stores {len(odd)} weights as {', '.join(formats)} "
+            f"({_few(odd)}): give the fp32, fp16, bf16 or fp8 original."
+        )
 
 
 def _few(keys: Iterable[str], count: int = 3) -> str:

@@ -103,9 +103,11 @@ def trace(plan: Plan) -> tuple[Entry, ...]:
             entries.append(_entry(key, part, param, tagged[key], values, real[key][0]))
             seen[values.flatten()] += 1
     if bad := sorted({keys[owners[i]] for i in (seen != 1).nonzero().flatten().tolist()}):
-        raise Refused(f"diffusers' converters do not carry {len(bad)} tensors over exactly once, "
-                      f"first {', '.join(bad[:5])}: install a diffusers version that Recast "
-                      "was tested with.")  # fmt: skip
+        raise Refused(
+            f"diffusers' converters do not carry {len(bad)} tensors over exactly once, "
+            f"first {', '.join(bad[:5])}: install a diffusers version that Recast "
+            "was tested with."
+        )
     order = {key: index for index, key in enumerate(keys)}
     return tuple(sorted(entries, key=lambda entry: (order[entry.key], entry.rows or (0, 0))))
 
@@ -193,5 +195,7 @@ def _entry(
     rows = [row * real_rows for row in (first, first + len(values))]
     if same(source[first : first + len(values)]) and not any(row % len(source) for row in rows):
         return Entry(key, part, param, rows=(rows[0] // len(source), rows[1] // len(source)))
-    raise Refused(f"diffusers' converters change {key} into {param} in a way that Recast does not "
-                  "know: install a diffusers version that Recast was tested with.")  # fmt: skip
+    raise Refused(
+        f"diffusers' converters change {key} into {param} in a way that Recast does not "
+        "know: install a diffusers version that Recast was tested with."
+    )

@@ -1,6 +1,6 @@
 """The places of a checkpoint that can be trained, by profile, with their names in LoRA files.
 
-    lycoris-full  every matrix and convolution that LyCORIS' preset "full" trains: SDXL 788, SD 1.5 282
+    lycoris-full  the matrices and convolutions of LyCORIS' preset "full": SDXL 788, SD 1.5 282
     principal     the same
     all           also SDXL's time, label, in and out matrices: 794
     readout       every parameter of the last up block and of the output layers
@@ -60,7 +60,7 @@ class Site:
 def sites(plan: Plan, profile: str) -> list[Site]:
     """The sites a profile names, each once, in the order of the network.
 
-    Raises Refused for a name that is neither a profile nor a block of this plan, giving the nearest.
+    Raises Refused for a name that is no profile and no block of this plan, giving the nearest.
     """
     everything = every(plan)
     wanted: set[str] = set()
@@ -100,7 +100,7 @@ def _site(
 
 
 def lora_name(plan: Plan, entry: Entry) -> str:
-    """kohya's name of a module: from the file's path for SDXL, from diffusers' for SD 1.5's UNet."""
+    """kohya's name of a module: of the file's path in SDXL, of diffusers' in SD 1.5's UNet."""
     module = entry.param.rpartition(".")[0]
     if entry.part == "unet":
         if plan.family == "sdxl":
@@ -167,8 +167,10 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
         return lambda site: site.block == block
     names = [*profiles, *sorted(blocks)]
     near = difflib.get_close_matches(name, names, 1, 0)
-    raise Refused(f"{name!r} is no profile and no block of this model: did you mean {near[0]}? The "
-                  f"profiles are {', '.join(profiles)}.")  # fmt: skip
+    raise Refused(
+        f"{name!r} is no profile and no block of this model: did you mean {near[0]}? The "
+        f"profiles are {', '.join(profiles)}."
+    )
 
 
 def _last_up_block(plan: Plan) -> set[str]:
