@@ -1,0 +1,16 @@
+"""A checkpoint as networks: the UNet, the text encoders and the VAE."""
+
+from recast.model.load import SIZE_KEY, build, load_part, open_model, stated_objective
+from recast.model.networks import Model
+from recast.text.encode import Condition, cat
+
+__all__ = [
+    "SIZE_KEY",
+    "Condition",
+    "Model",
+    "build",
+    "cat",
+    "load_part",
+    "open_model",
+    "stated_objective",
+]

@@ -1,0 +1,162 @@
+"""Opening a checkpoint: every parameter of every module is set once from the file, or none is.
+
+Modules are built without memory for their weights and filled one tensor at a time.  Weights are
+frozen; adapters bring their own.  The VAE stays in float32 whatever the precision of the rest:
+SDXL's overflows in fp16, and it is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
+from recast.layout import Layout, detect, from_file, keymap
+from recast.layout.names import PART_NAMES
+from recast.markers import read_objective
+from recast.model.networks import Model
+from recast.objective import OBJECTIVES
+
+SIZES = {"sdxl": 1024, "sd15": 512}
+SIZE_KEY = "recast.size"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def open_model(
+    source: str | Path | Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    parts: Iterable[str] | None = None,
+    objective: str | None = None,
+) -> Model:
+    """Open a checkpoint's networks; `parts` must be there, None takes all that are.
+
+    The objective is read from the file's markers; `objective` overrides them.  Raises Refused where
+    markers contradict each other, a part is missing, or names and shapes do not match one to one.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(Path(source))
+    if dtype not in DTYPES:
+        raise Refused(
+            f"{dtype} is no precision to run a model in: choose float32, float16, bfloat16."
+        )
+    layout = detect(checkpoint)
+    chosen = OBJECTIVES[stated_objective(checkpoint, objective)]
+    device = torch.device(device)
+    modules = {
+        part: load_part(checkpoint, layout, part, torch.float32 if part == "vae" else dtype, device)
+        for part in wanted(checkpoint, layout, parts)
+    }
+    return Model(
+        checkpoint,
+        layout,
+        modules,
+        chosen,
+        preferred_size(checkpoint, layout),
+        dtype,
+        device,
+        layout.scaling,
+    )
+
+
+def stated_objective(checkpoint: Checkpoint, override: str | None = None) -> str:
+    """Return the objective that a file states, or the override; refuses contradictions."""
+    if override is not None:
+        if override not in OBJECTIVES:
+            raise Refused(f"{override!r} is no objective: choose from {', '.join(OBJECTIVES)}.")
+        return override
+    evidence = read_objective(checkpoint.specs, checkpoint.metadata)
+    if evidence.objective is None or evidence.contradictions:
+        said = "; ".join((*evidence.contradictions, *evidence.reasons))
+        raise Refused(
+            f"{checkpoint.path}: the file does not say clearly what it predicts ({said}): "
+            "state it with --source."
+        )
+    return evidence.objective
+
+
+def wanted(checkpoint: Checkpoint, layout: Layout, parts: Iterable[str] | None) -> list[str]:
+    """Return the parts to open; refuses those that are asked for and absent."""
+    there = ["unet", *layout.text_parts, *(["vae"] if layout.vae else [])]
+    if parts is None:
+        return there
+    asked = list(parts)
+    absent = [part for part in asked if part in layout.missing]
+    if absent:
+        names = " and no ".join(PART_NAMES[part] for part in absent)
+        raise Refused(
+            f"{checkpoint.path} has no {names}, which is needed here: give a full checkpoint."
+        )
+    return [part for part in asked if part in there]
+
+
+def preferred_size(checkpoint: Checkpoint, layout: Layout) -> int:
+    """Return the side in pixels that a checkpoint was trained at: its own word, or its family's."""
+    stated = checkpoint.metadata.get(SIZE_KEY, "")
+    if not stated:
+        return SIZES[layout.family]
+    if not stated.isdecimal() or not 8 <= int(stated[:6]) <= 16384:
+        raise Refused(f"{checkpoint.path}: its {SIZE_KEY} is {stated[:20]!r}, no size in pixels.")
+    return int(stated)
+
+
+def load_part(
+    checkpoint: Checkpoint, layout: Layout, part: str, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Return one module with its weights, frozen, in evaluation mode."""
+    module = build(layout, part)
+    fill(module, from_file(keymap(layout), checkpoint, part), dtype, device, part)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def build(layout: Layout, part: str) -> nn.Module:
+    """Return a module whose parameters are on the meta device; its other buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        if part == "unet":
+            from diffusers import UNet2DConditionModel
+
+            return UNet2DConditionModel(**layout.unet)
+        if part == "vae":
+            from diffusers import AutoencoderKL
+
+            return AutoencoderKL(**(layout.vae or {}))
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        config = CLIPTextConfig(**layout.texts[layout.text_parts.index(part)])
+        return CLIPTextModelWithProjection(config) if part == "te2" else CLIPTextModel(config)
+
+
+def fill(
+    module: nn.Module,
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    part: str,
+) -> None:
+    """Set every parameter and stored buffer exactly once; refuses by name what does not fit."""
+    waiting = set(module.state_dict())
+    for name, tensor in tensors:
+        if name not in waiting:
+            raise Refused(f"The {PART_NAMES[part]} has no place left for {name}.")
+        owner = module.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        place = getattr(owner, leaf)
+        if place.shape != tensor.shape:
+            raise Refused(
+                f"The {PART_NAMES[part]}'s {name} is {tuple(tensor.shape)} in the file, "
+                f"{tuple(place.shape)} in the network."
+            )
+        value = tensor.to(device=device, dtype=dtype, copy=True)  # rows of a stack share memory
+        setattr(owner, leaf, nn.Parameter(value) if isinstance(place, nn.Parameter) else value)
+        waiting.remove(name)
+    if waiting:
+        first = ", ".join(sorted(waiting)[:5])
+        raise Refused(
+            f"The file leaves {len(waiting)} parameters of the {PART_NAMES[part]} unset: {first}."
+        )
