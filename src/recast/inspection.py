@@ -1,6 +1,6 @@
 """What a file is, said without reading its tensors: the facts behind `recast inspect`.
 
-Only the header is read, so a checkpoint of 6.9 GB is described in a fraction of a second.  Nothing is
+Only the header is read, so 6.9 GB are described in a fraction of a second.  Nothing is
 refused here but a file that is no sound safetensors file at all; what detection would refuse is
 reported as a problem.
 """
