@@ -1,0 +1,277 @@
+"""Put an adapter into living modules, with the original network still inside as the teacher.
+
+Low-rank entries become a LoCon layer round the untouched base layer, full entries a
+parametrization:
+
+    student(x) = base(x) + (B - B0) A x + B0 (A - A0) x        teacher(x) = base(x)
+    student    : weight + delta                                teacher    : weight
+
+The initial factors B0 A0 stay in the layer and the original weight stays as it is. This costs a
+second copy of the small factors, where the usual PiSSA layer keeps a residual R = W - B0 A0 and
+computes R x + B A x. It buys three things: the teacher's output, and that of an untrained student,
+are the checkpoint's bit for bit (a 16-bit residual gives back 84 % of the weights); the difference
+of the factors is taken in fp32 *before* it is rounded to a bf16 trunk's dtype, so that small
+updates are not swallowed; dropout touches only what was learnt, never the principal weights. The
+gradients with respect to B and A are those of PiSSA.
+
+Everything but the masters is frozen. Layers before the first attached one therefore keep no
+activations for the backward pass: autograd has no reason to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from recast.adapter.file import Adapter, trained_role
+from recast.adapter.places import entry_name
+from recast.errors import Refused
+from recast.layout import Site
+from recast.lowrank import Full, LowRank
+
+
+@dataclass
+class Switch:
+    """Who answers; shared by all layers of one attachment."""
+
+    student: bool = True
+
+
+class LoCon(nn.Module):
+    """A frozen linear or convolution layer plus the change of its low-rank factors.
+
+    `up` (O, r) and `down` (r, I[, kh, kw]) are the masters; `up0` and `down0` the start.
+    """
+
+    base: nn.Linear | nn.Conv2d
+    up0: Tensor
+    down0: Tensor
+
+    def __init__(
+        self, base: nn.Linear | nn.Conv2d, start: LowRank, switch: Switch, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.switch = switch
+        self.dropout = dropout  # works in training mode and only where gradients are wanted
+        self.up, self.down = nn.Parameter(start.up.clone()), nn.Parameter(start.down.clone())
+        self.register_buffer("up0", start.up, persistent=False)
+        self.register_buffer("down0", start.down, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: callers look at its dtype and device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output, and for the student the change on top."""
+        out = self.base(x)
+        if not self.switch.student:
+            return out
+        down = torch.cat([self.down, self.down - self.down0]).to(x.dtype)
+        up = torch.cat([self.up - self.up0, self.up0], 1).to(x.dtype)
+        x = F.dropout(x, self.dropout, self.training and torch.is_grad_enabled())
+        if isinstance(self.base, nn.Conv2d):
+            hidden = self.base._conv_forward(x, down, None)
+            return out + F.conv2d(hidden, up[:, :, None, None])
+        return out + F.linear(F.linear(x, down), up)
+
+
+class Delta(nn.Module):
+    """Parametrization weight + delta, summed in fp32 and rounded once to the weight's dtype."""
+
+    def __init__(self, start: Tensor, switch: Switch) -> None:
+        super().__init__()
+        self.switch = switch
+        self.delta = nn.Parameter(start.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter as the layer sees it."""
+        return (weight + self.delta).to(weight.dtype) if self.switch.student else weight
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one entry sits: the module that owned the parameter, and the layer put there."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    layer: LoCon | Delta
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Attached:
+    """An adapter inside a network; `detach` takes it out again."""
+
+    initial: Adapter
+    spots: list[Spot]
+    switch: Switch
+    frozen: list[tuple[nn.Parameter, bool]] = field(repr=False)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Master parameters by their names in the adapter file, in the order of the sites."""
+        found: dict[str, nn.Parameter] = {}
+        for spot in self.spots:
+            lora, param = spot.name.rsplit(".", 1)
+            if isinstance(spot.layer, LoCon):
+                found[f"{lora}.lora_up.weight"] = spot.layer.up
+                found[f"{lora}.lora_down.weight"] = spot.layer.down
+            else:
+                found[f"{lora}.diff" if param == "weight" else f"{lora}.diff_b"] = spot.layer.delta
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Master parameters, always in the same order."""
+        return list(self.named().values())
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside, the network is the original checkpoint's, bit for bit, and without gradients."""
+        before = self.switch.student
+        self.switch.student = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.switch.student = before
+
+    def trained(self) -> Adapter:
+        """A copy of the masters on the CPU, in fp32, marked as trained."""
+        entries = {spot.name: _value(spot.layer, spot.shape) for spot in self.spots}
+        return Adapter(entries, trained_role(self.initial.metadata))
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> None:
+        """Overwrite the masters with an adapter of the same names and shapes."""
+        _same_names(self.initial, adapter)
+        for spot in self.spots:
+            entry, layer = adapter.entries[spot.name], spot.layer
+            if isinstance(layer, LoCon) and isinstance(entry, LowRank):
+                pairs = [(layer.up, entry.up), (layer.down, entry.down)]
+            elif isinstance(layer, Delta) and isinstance(entry, Full):
+                pairs = [(layer.delta, entry.delta)]
+            else:
+                raise Refused(
+                    f"{spot.name} is low-rank in one adapter and full in the other; "
+                    "load an adapter made from the same split."
+                )
+            for master, value in pairs:
+                if master.shape != value.shape:
+                    raise Refused(
+                        f"{spot.name} has shape {tuple(value.shape)} where "
+                        f"{tuple(master.shape)} is attached; load an adapter of the same "
+                        "rank and model."
+                    )
+                master.copy_(value)
+
+    def detach(self) -> None:
+        """Give every module back as it was, with its own parameters and their requires_grad."""
+        for spot in self.spots:
+            if isinstance(spot.layer, LoCon):
+                setattr(spot.owner, spot.attribute, spot.layer.base)
+            else:
+                with torch.no_grad():
+                    parametrize.remove_parametrizations(
+                        spot.owner, spot.attribute, leave_parametrized=False
+                    )
+        for parameter, wanted in self.frozen:
+            parameter.requires_grad_(wanted)
+
+
+def attach(
+    parts: Mapping[str, nn.Module],
+    adapter: Adapter,
+    sites: Iterable[Site],
+    *,
+    dropout: float = 0.0,
+) -> Attached:
+    """Insert an adapter at its sites; every other parameter of the parts is frozen.
+
+    parts: "unet", "te1", "te2" to the modules that hold them. Masters are fp32 on the device of the
+    layer they belong to, whatever the dtype of the layer.
+    """
+    by_name = {entry_name(site): site for site in sites}
+    unknown = [name for name in adapter.entries if name not in by_name]
+    if unknown:
+        raise Refused(
+            f"{len(unknown)} entries of the adapter belong to no site of this model, "
+            f"first {', '.join(unknown[:5])}; use an adapter made for it."
+        )
+    switch = Switch()
+    frozen = [(p, p.requires_grad) for part in parts.values() for p in part.parameters()]
+    for parameter, _ in frozen:
+        parameter.requires_grad_(False)
+    attached = Attached(adapter, [], switch, frozen)
+    try:
+        for name, site in by_name.items():
+            if name in adapter.entries:
+                entry = adapter.entries[name]
+                spot = _insert(parts[site.part], site, name, entry, switch, dropout)
+                attached.spots.append(spot)
+    except Refused:
+        attached.detach()
+        raise
+    return attached
+
+
+def _insert(
+    part: nn.Module, site: Site, name: str, entry: LowRank | Full, switch: Switch, dropout: float
+) -> Spot:
+    module = part.get_submodule(site.module)
+    base = module.base if isinstance(module, LoCon) and module.switch is switch else module
+    if isinstance(base, LoCon):
+        raise Refused(f"{site.module} already carries an adapter; detach that first.")
+    weight = getattr(base, site.param)
+    if entry.shape != tuple(weight.shape):
+        raise Refused(
+            f"{name} has shape {entry.shape}, the model's {site.module}.{site.param} has "
+            f"{tuple(weight.shape)}; use an adapter made for this model."
+        )
+    if isinstance(entry, Full):
+        delta = Delta(entry.delta.to(weight.device, torch.float32), switch)
+        parametrize.register_parametrization(base, site.param, delta)
+        return Spot(name, base, site.param, delta, entry.shape)
+    if not isinstance(base, nn.Linear | nn.Conv2d) or getattr(base, "groups", 1) != 1:
+        raise Refused(
+            f"{name} is low-rank, but {site.module} is a {type(base).__name__}; only "
+            "linear and ungrouped convolution layers take factors."
+        )
+    start = LowRank(
+        entry.up.to(weight.device, torch.float32), entry.down.to(weight.device, torch.float32)
+    )
+    layer = LoCon(base, start, switch, dropout)
+    above, _, leaf = site.module.rpartition(".")
+    owner = part.get_submodule(above)
+    setattr(owner, leaf, layer)
+    return Spot(name, owner, leaf, layer, entry.shape)
+
+
+def _value(layer: LoCon | Delta, shape: tuple[int, ...]) -> LowRank | Full:
+    def copy(parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
+
+    if isinstance(layer, LoCon):
+        return LowRank(copy(layer.up), copy(layer.down))
+    return Full(copy(layer.delta).reshape(shape))
+
+
+def _same_names(attached: Adapter, other: Adapter) -> None:
+    odd = sorted(attached.entries.keys() ^ other.entries.keys())
+    if odd:
+        raise Refused(
+            f"{len(odd)} entries are in only one of the two adapters, first "
+            f"{', '.join(odd[:5])}; load an adapter made from the same split."
+        )

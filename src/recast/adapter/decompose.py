@@ -1,0 +1,83 @@
+"""The initial adapter of a training run: principal factors, or zeros of full size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from recast.adapter.file import Adapter
+from recast.adapter.places import entry_name, read_site, refuse_residual
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
+from recast.layout import Site, detect
+from recast.lowrank import Full, LowRank, factorize
+from recast.markers import read_objective
+
+MATRICES = ("linear", "conv")
+
+
+def decompose(
+    checkpoint: Checkpoint, sites: Iterable[Site], rank: int, *, method: str = "exact"
+) -> Adapter:
+    """Principal rank-r factors of every site's weight (role `pissa-init`), in fp32.
+
+    The metadata states the share of squared norm that the factors hold over all sites.
+    """
+    refuse_residual(checkpoint)
+    entries: dict[str, LowRank | Full] = {}
+    held = whole = 0.0
+    for site in matrices(sites):
+        weight = read_site(checkpoint, site)
+        factors = factorize(weight, rank, method=method, name=site.key)
+        entries[entry_name(site)] = factors
+        # The product is a projection of the weight, so its own norm is the energy it holds.
+        gram = (factors.up.double().T @ factors.up.double()) * (
+            factors.down.double().flatten(1) @ factors.down.double().flatten(1).T
+        )
+        held += gram.sum().item()
+        whole += weight.double().square().sum().item()
+    share = held / whole if whole else 1.0
+    about = initial_metadata(checkpoint, "pissa-init", rank, method)
+    return Adapter(entries, {**about, "recast.energy": f"{share:.6f}"})
+
+
+def zeros_full(checkpoint: Checkpoint, sites: Iterable[Site]) -> Adapter:
+    """A zero change of every entry of every site's parameter (role `full`), in fp32."""
+    refuse_residual(checkpoint)
+    entries: dict[str, LowRank | Full] = {
+        entry_name(site): Full(torch.zeros(site.shape)) for site in sites
+    }
+    if not entries:
+        raise Refused("no part of the model was chosen for training; name a profile or blocks.")
+    return Adapter(entries, initial_metadata(checkpoint, "full", None, None))
+
+
+def initial_metadata(
+    checkpoint: Checkpoint, role: str, rank: int | None, method: str | None
+) -> dict[str, str]:
+    """What every adapter made from a checkpoint says about its making."""
+    evidence = read_objective(checkpoint.specs, checkpoint.metadata)
+    about: Mapping[str, str | None] = {
+        "recast.role": role,
+        "recast.base_sha256": checkpoint.sha256(),
+        "recast.family": detect(checkpoint).family,
+        "recast.objective": evidence.objective,
+        "recast.rank": None if rank is None else str(rank),
+        "recast.rank_rule": None if rank is None else "fixed",
+        "recast.method": method,
+    }
+    return {key: value for key, value in about.items() if value is not None}
+
+
+def matrices(sites: Iterable[Site]) -> list[Site]:
+    """The sites as a list, refused where one has no low-rank factors or there is none."""
+    listed = list(sites)
+    odd = [site.lora for site in listed if site.kind not in MATRICES or site.param != "weight"]
+    if odd or not listed:
+        raise Refused(
+            f"{len(odd)} of {len(listed)} chosen sites are norms or biases, first "
+            f"{', '.join(odd[:5]) or 'none at all'}; choose a profile of linear and "
+            "convolution layers, such as principal."
+        )
+    return listed

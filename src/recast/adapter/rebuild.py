@@ -1,0 +1,189 @@
+"""A whole checkpoint again, from the original and what was trained.
+
+    W' = W + (T - T0)        summed in fp32, rounded once to the dtype of W
+
+T0 is the initial adapter and T the trained one; for a full entry T - T0 is its delta. Tensors
+without a change are copied as bytes, so an untrained adapter gives the original back, byte for
+byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recast.adapter.file import Adapter
+from recast.adapter.places import Place, places, refuse_residual
+from recast.checkpoint import Checkpoint, write
+from recast.errors import CheckFailed, Refused
+from recast.lowrank import Full, LowRank, difference
+from recast.markers import marker_specs, stamp, strip
+
+CONTENT_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def rebuild(
+    checkpoint: Checkpoint, initial: Adapter | None, trained: Adapter
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint in file order, changed where the adapter changed.
+
+    initial may be None where `trained` is itself a change (role `delta` or `full`). Raises Refused
+    for an adapter of another base, a missing initial one or a residual in place of the original.
+    """
+    refuse_residual(checkpoint)
+    check_pair(initial, trained)
+    for adapter in (initial, trained):
+        if adapter is not None:
+            refuse_other_base(checkpoint, adapter)
+    yield from changed(checkpoint, initial, trained)
+
+
+def changed(
+    checkpoint: Checkpoint, initial: Adapter | None, trained: Adapter
+) -> Iterator[tuple[str, Tensor]]:
+    """As rebuild, whatever checkpoint the adapter was made for."""
+    where = places(checkpoint, trained.entries)
+    for key in checkpoint.specs:
+        tensor = checkpoint[key]
+        if key in where:
+            tensor = _added(tensor, key, where[key], initial, trained)
+        yield key, tensor
+
+
+def write_rebuilt(
+    checkpoint: Checkpoint,
+    initial: Adapter | None,
+    trained: Adapter,
+    out: Path,
+    *,
+    objective: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> str:
+    """Stream the rebuilt checkpoint to a file and return its sha256.
+
+    objective None keeps the original's markers; a name strips them and sets its own.
+    """
+    tensors = rebuild(checkpoint, initial, trained)
+    return write_changed(checkpoint, trained, tensors, out, objective, metadata, force)
+
+
+def write_changed(
+    checkpoint: Checkpoint,
+    trained: Adapter,
+    tensors: Iterator[tuple[str, Tensor]],
+    out: Path,
+    objective: str | None,
+    metadata: Mapping[str, str] | None,
+    force: bool,
+) -> str:
+    """Write tensors that have the names and shapes of a checkpoint, with markers and provenance."""
+    specs = {key: (spec.dtype, spec.shape) for key, spec in checkpoint.specs.items()}
+    header = {**checkpoint.metadata, **parents(checkpoint, trained), **(metadata or {})}
+    if objective is None:
+        kept_header = {k: v for k, v in header.items() if k not in CONTENT_HASHES}
+        return write(out, specs, tensors, kept_header, force=force, sources=[checkpoint.path])
+    kept = {key: specs[key] for key in strip(specs)}
+    marks = marker_specs(objective)
+    return write(
+        out,
+        {**marks, **kept},
+        _marked(tensors, kept, marks),
+        stamp(header, objective),
+        force=force,
+        sources=[checkpoint.path],
+    )
+
+
+def parents(checkpoint: Checkpoint, trained: Adapter) -> dict[str, str]:
+    """Where a written file comes from: hashes of its parents, in `recast.*` fields."""
+    return {
+        "recast.role": "checkpoint",
+        "recast.base_sha256": checkpoint.sha256(),
+        "recast.adapter_role": trained.role,
+    }
+
+
+def check_pair(initial: Adapter | None, trained: Adapter) -> None:
+    """Refuse a trained adapter without its start, and two that do not belong together."""
+    if initial is None:
+        if trained.role.startswith("pissa"):
+            raise Refused(
+                f"the adapter is {trained.role}: it holds principal parts of the weights "
+                "and means nothing without its initial adapter; name that with "
+                "--initial."
+            )
+        return
+    if initial.role == "pissa-trained":
+        raise Refused(
+            "the initial adapter is pissa-trained, so it is no start; give the adapter "
+            "that split or train wrote first."
+        )
+    odd = sorted(initial.entries.keys() ^ trained.entries.keys())
+    if odd:
+        raise Refused(
+            f"{len(odd)} entries are in only one of the initial and trained adapters, "
+            f"first {', '.join(odd[:5])}; give two adapters of one run."
+        )
+    for name, entry in trained.entries.items():
+        start = initial.entries[name]
+        if type(start) is not type(entry) or start.shape != entry.shape:
+            raise Refused(
+                f"{name} differs in kind or shape between the initial and the trained "
+                "adapter; give two adapters of one run."
+            )
+
+
+def refuse_other_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse an adapter whose header names another checkpoint."""
+    if adapter.base is not None and adapter.base != checkpoint.sha256():
+        raise Refused(
+            f"the {adapter.role} adapter belongs to the checkpoint with sha256 "
+            f"{adapter.base[:12]}, and {checkpoint.path} is {checkpoint.sha256()[:12]}; "
+            "give the checkpoint it was made from."
+        )
+
+
+def change(initial: LowRank | Full | None, trained: LowRank | Full) -> LowRank | Full:
+    """trained - initial, exactly zero where nothing was trained."""
+    if isinstance(trained, LowRank):
+        return difference(trained, initial) if isinstance(initial, LowRank) else trained
+    return Full(trained.delta - initial.delta) if isinstance(initial, Full) else trained
+
+
+def _added(
+    weight: Tensor, key: str, at: list[Place], initial: Adapter | None, trained: Adapter
+) -> Tensor:
+    total: Tensor | None = None
+    for place in at:
+        start = None if initial is None else initial.entries[place.name]
+        delta = change(start, trained.entries[place.name]).dense()
+        if delta.count_nonzero():
+            total = (
+                weight.to(torch.promote_types(weight.dtype, torch.float32))
+                if total is None
+                else total
+            )
+            place.view(total).add_(delta)
+    if total is None:
+        return weight
+    result = total.to(weight.dtype)
+    if not torch.isfinite(result).all() and torch.isfinite(weight).all():
+        raise CheckFailed(
+            f"{key} leaves the range of {weight.dtype} when the change is added; "
+            "train with a smaller step, or store the original in bf16 or fp32."
+        )
+    return result
+
+
+def _marked(
+    tensors: Iterator[tuple[str, Tensor]],
+    kept: Mapping[str, object],
+    marks: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> Iterator[tuple[str, Tensor]]:
+    # empty and first, where they disturb no other tensor's alignment
+    yield from ((key, torch.zeros(shape)) for key, (_, shape) in marks.items())
+    yield from ((key, tensor) for key, tensor in tensors if key in kept)

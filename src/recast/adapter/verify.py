@@ -1,0 +1,164 @@
+"""Proof on the level of weights: do these files add up to that checkpoint?
+
+    split:   R + B A   against W           rebuild:   file   against   W + (T - T0)
+
+Every tensor is compared: largest and relative (Frobenius) error, and the share of entries that have
+the same bits after rounding to the dtype of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recast.adapter.file import Adapter
+from recast.adapter.places import places
+from recast.adapter.rebuild import rebuild, refuse_other_base
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
+from recast.markers import strip
+
+TOLERANCES = {"F32": 1e-6, "F16": 3e-4, "BF16": 3e-3}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """One tensor against what it should be."""
+
+    key: str
+    largest: float
+    relative: float
+    exact: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All tensors against what they should be, and the bound on their relative error."""
+
+    tensors: tuple[TensorError, ...]
+    relative: float
+    exact: float
+    tolerance: float
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """No tensor lacks or is too many, and none is off by more than the tolerance."""
+        return not self.missing and not self.surplus and self.worst.relative <= self.tolerance
+
+    @property
+    def worst(self) -> TensorError:
+        """The tensor with the largest relative error (NaN counts as the largest)."""
+        return max(self.tensors, key=lambda t: t.relative if t.relative == t.relative else 1e300)
+
+
+def verify_split(
+    original: Checkpoint,
+    residual: Checkpoint,
+    adapter: Adapter,
+    *,
+    tolerance: float | None = None,
+) -> Verdict:
+    """Compare residual + adapter with the original.
+
+    tolerance None follows the coarsest dtype of the changed residual tensors: 3e-4 for fp16, 3e-3
+    for bf16, 1e-6 for fp32. Raises Refused where the three files do not belong together, by their
+    hashes.
+    """
+    if residual.metadata.get("recast.role") != "residual":
+        raise Refused(f"{residual.path} is no residual; give the residual.safetensors of a split.")
+    if residual.metadata.get("recast.base_sha256") != original.sha256():
+        raise Refused(
+            f"{residual.path} was split from another checkpoint than {original.path}; "
+            "give the original of this residual."
+        )
+    refuse_other_base(original, adapter)
+    partner = adapter.metadata.get("recast.residual_sha256")
+    if partner is not None and partner != residual.sha256():
+        raise Refused(
+            f"the adapter belongs to the residual with sha256 {partner[:12]}, not to "
+            f"{residual.path}; give the two files of one split."
+        )
+    where = places(residual, adapter.entries)
+    if tolerance is None:
+        tolerance = max(TOLERANCES.get(residual.specs[key].dtype, 3e-3) for key in where)
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for key in _common(original, residual):
+            got = residual[key]
+            if key in where:
+                got = got.to(torch.promote_types(got.dtype, torch.float32))
+                for place in where[key]:
+                    place.view(got).add_(adapter.entries[place.name].dense())
+            yield key, original[key], got
+
+    return _verdict(original, residual, pairs(), tolerance)
+
+
+def verify_rebuilt(
+    original: Checkpoint,
+    rebuilt: Checkpoint,
+    initial: Adapter | None = None,
+    trained: Adapter | None = None,
+    *,
+    tolerance: float = 0.0,
+) -> Verdict:
+    """Compare a written checkpoint with the original plus its adapter, or with the original alone.
+
+    Marker tensors of the objective are left out.
+    """
+    expected: Iterator[tuple[str, Tensor]]
+    if trained is None:
+        expected = ((key, original[key]) for key in original.specs)
+    else:
+        expected = rebuild(original, initial, trained)
+    both = set(_common(original, rebuilt))
+    pairs = ((key, want, rebuilt[key]) for key, want in expected if key in both)
+    return _verdict(original, rebuilt, pairs, tolerance)
+
+
+def _common(original: Checkpoint, other: Checkpoint) -> list[str]:
+    specs = other.specs
+    kept = strip(original.specs)
+    return [key for key in kept if key in specs and specs[key].shape == original.specs[key].shape]
+
+
+def _verdict(
+    original: Checkpoint,
+    other: Checkpoint,
+    pairs: Iterator[tuple[str, Tensor, Tensor]],
+    tolerance: float,
+) -> Verdict:
+    errors: list[TensorError] = []
+    off = whole = same = count = 0.0
+    for key, want, got in pairs:
+        exact = _same_bits(got.to(want.dtype), want)
+        wide = got.double()
+        gap = wide - want.double()
+        square, norm = gap.square().sum().item(), want.double().square().sum().item()
+        relative = (square / norm) ** 0.5 if norm else (float("inf") if square else 0.0)
+        largest = gap.abs().max().item() if gap.numel() else 0.0
+        errors.append(TensorError(key, largest, relative, exact))
+        off, whole = off + square, whole + norm
+        same, count = same + exact * want.numel(), count + want.numel()
+    both = {error.key for error in errors}
+    return Verdict(
+        tuple(errors),
+        (off / whole) ** 0.5 if whole else 0.0,
+        same / count if count else 1.0,
+        tolerance,
+        tuple(key for key in strip(original.specs) if key not in both),
+        tuple(key for key in strip(other.specs) if key not in both),
+    )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> float:
+    if not a.numel():
+        return 1.0
+    kind = INTEGERS[a.element_size()]
+    return (a.contiguous().view(kind) == b.contiguous().view(kind)).double().mean().item()

@@ -1,0 +1,189 @@
+"""Split: residual + adapter are the original, in one pass, and say what they belong to."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+
+from recast.adapter import (
+    Adapter,
+    decompose,
+    read_adapter,
+    rebuild,
+    split,
+    verify_rebuilt,
+    verify_split,
+    zeros_full,
+)
+from recast.checkpoint import Checkpoint, write_dict
+from recast.errors import Refused
+from recast.layout import Site, detect
+from recast.lowrank import LowRank
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    with Checkpoint(tiny.checkpoint(folder / "o.safetensors", request.param, dtype="F16")) as found:
+        yield found
+
+
+def sites(checkpoint: Checkpoint) -> list[Site]:
+    layout = detect(checkpoint)
+    return layout.sites(",".join(["principal", *layout.text_parts]))
+
+
+@pytest.mark.parametrize(
+    ("adapter_dtype", "residual_dtype", "tolerance", "exact"),
+    [("F16", None, 3e-4, 0.7), ("BF16", "F32", 1e-7, 1.0), ("F32", "F32", 1e-7, 1.0),
+     ("BF16", "BF16", 3e-3, 0.1)],
+)  # fmt: skip
+def test_residual_and_adapter_add_up(
+    original: Checkpoint,
+    tmp_path: Path,
+    adapter_dtype: str,
+    residual_dtype: str | None,
+    tolerance: float,
+    exact: float,
+) -> None:
+    done = split(original, sites(original), 4, tmp_path / "out", adapter_dtype=adapter_dtype,
+                 residual_dtype=residual_dtype)  # fmt: skip
+    adapter = read_adapter(tmp_path / "out" / "adapter.safetensors")
+    with Checkpoint(tmp_path / "out" / "residual.safetensors") as residual:
+        verdict = verify_split(original, residual, adapter)
+        assert verdict.passed
+        assert verdict.worst.relative <= tolerance
+        assert verdict.exact >= exact
+        assert residual.specs.keys() == original.specs.keys()
+        assert adapter.metadata["recast.residual_sha256"] == residual.sha256()
+        assert residual.sha256() == done.residual_sha256
+        changed = {site.key for site in sites(original)}
+        for key in original.specs.keys() - changed:
+            assert residual.raw(key) == original.raw(key)
+    with Checkpoint(tmp_path / "out" / "adapter.safetensors") as file:
+        assert file.sha256() == done.adapter_sha256
+    assert adapter.base == original.sha256()
+    assert adapter.role == "pissa-init"
+    assert len(adapter.entries) == len(sites(original)) == len(done.energies)
+    assert 0.05 < done.energy < 1
+    assert adapter.metadata["recast.energy"] == f"{done.energy:.6f}"
+
+
+def test_split_writes_the_factors_that_decompose_returns(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    done = split(original, sites(original), 4, tmp_path, adapter_dtype="F32")
+    read, made = (
+        read_adapter(tmp_path / "adapter.safetensors"),
+        decompose(original, sites(original), 4),
+    )
+    for name, entry in made.entries.items():
+        same = read.entries[name]
+        assert isinstance(entry, LowRank)
+        assert isinstance(same, LowRank)
+        assert torch.equal(entry.up, same.up)
+        assert torch.equal(entry.down, same.down)
+    assert float(made.metadata["recast.energy"]) == pytest.approx(done.energy, abs=1e-5)
+    alphas = [v for k, v in load_file(tmp_path / "adapter.safetensors").items() if "alpha" in k]
+    assert {a.item() for a in alphas} == {4.0}
+    for key, tensor in rebuild(original, read, read):
+        assert torch.equal(tensor, original[key])
+
+
+def test_nothing_depends_on_the_order_of_the_sites(original: Checkpoint, tmp_path: Path) -> None:
+    a = split(original, sites(original), 2, tmp_path / "a")
+    b = split(original, reversed(sites(original)), 2, tmp_path / "b")
+    assert (a.residual_sha256, a.adapter_sha256) == (b.residual_sha256, b.adapter_sha256)
+
+
+def test_memory_is_that_of_a_few_tensors(original: Checkpoint, tmp_path: Path) -> None:
+    """No tensor outlives its turn: at most one of the file's is alive when the next is read."""
+    import gc
+    import weakref
+
+    alive: list[weakref.ref] = []
+    most = 0
+
+    class Watched(Checkpoint):
+        def __getitem__(self, key: str) -> torch.Tensor:
+            nonlocal most
+            tensor = super().__getitem__(key)
+            if tensor.numel() > 64:
+                alive.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return tensor
+
+    gc.disable()
+    try:
+        with Watched(original.path) as watched:
+            split(watched, sites(original), 2, tmp_path)
+    finally:
+        gc.enable()
+    assert most <= 2
+
+
+def test_a_residual_is_no_original(original: Checkpoint, tmp_path: Path) -> None:
+    split(original, sites(original), 2, tmp_path)
+    with Checkpoint(tmp_path / "residual.safetensors") as residual:
+        for use in (
+            lambda: decompose(residual, sites(original), 2),
+            lambda: zeros_full(residual, sites(original)),
+            lambda: split(residual, sites(original), 2, tmp_path / "again"),
+            lambda: list(rebuild(residual, None, Adapter({}))),
+        ):
+            with pytest.raises(Refused, match="residual"):
+                use()
+    assert not (tmp_path / "again").exists()
+
+
+def test_wrong_combinations_are_refused(original: Checkpoint, tmp_path: Path) -> None:
+    family = detect(original).family
+    split(original, sites(original), 2, tmp_path / "a")
+    split(original, sites(original), 3, tmp_path / "b")
+    other = tiny.checkpoint(tmp_path / "other.safetensors", family, seed=7, dtype="F16")
+    first = read_adapter(tmp_path / "a" / "adapter.safetensors")
+    second = read_adapter(tmp_path / "b" / "adapter.safetensors")
+    with Checkpoint(other) as stranger, Checkpoint(tmp_path / "a/residual.safetensors") as residual:
+        with pytest.raises(Refused, match="another checkpoint"):
+            verify_split(stranger, residual, first)
+        with pytest.raises(Refused, match="one split"):
+            verify_split(original, residual, second)
+        with pytest.raises(Refused, match="no residual"):
+            verify_split(original, stranger, first)
+    with pytest.raises(Refused, match="exists"):
+        split(original, sites(original), 2, tmp_path / "a")
+    with pytest.raises(Refused, match="norms or biases"):
+        split(original, detect(original).sites("readout"), 2, tmp_path / "c")
+    with pytest.raises(Refused, match="at least 1"):
+        split(original, sites(original), 0, tmp_path / "c")
+    assert not list((tmp_path / "c").glob("*"))
+
+
+def test_broken_weights_are_named_and_nothing_is_left(original: Checkpoint, tmp_path: Path) -> None:
+    tensors = {key: original[key] for key in original.specs}
+    bad = sites(original)[5].key
+    tensors[bad].view(-1)[0] = float("nan")
+    write_dict(tmp_path / "bad.safetensors", tensors)
+    with Checkpoint(tmp_path / "bad.safetensors") as broken:
+        with pytest.raises(Refused, match=bad.replace(".", r"\.")):
+            split(broken, sites(original), 2, tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*"))
+
+
+def test_verify_names_what_is_off(original: Checkpoint, tmp_path: Path) -> None:
+    tensors = {key: original[key] for key in original.specs}
+    key = sites(original)[0].key
+    tensors[key] = tensors[key] + 1
+    gone = list(tensors)[-1]
+    del tensors[gone]
+    write_dict(tmp_path / "off.safetensors", {**tensors, "more": torch.zeros(1)})
+    with Checkpoint(tmp_path / "off.safetensors") as off:
+        verdict = verify_rebuilt(original, off)
+    assert not verdict.passed
+    assert verdict.worst.key == key
+    assert verdict.worst.largest == pytest.approx(1, abs=1e-2)
+    assert (verdict.missing, verdict.surplus) == ((gone,), ("more",))
