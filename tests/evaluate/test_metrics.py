@@ -1,5 +1,7 @@
 """Image figures against slow references and pictures whose answer is known."""
 
+import base64
+import io
 import math
 
 import pytest
@@ -16,7 +18,7 @@ from recast.evaluate.metrics import (
     statistics,
     total_variation,
 )
-from recast.evaluate.pictures import png, sheet, shots, size_of
+from recast.evaluate.pictures import embedded, png, sheet, shots, size_of
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -106,8 +108,14 @@ def test_pictures_become_png_and_a_sheet() -> None:
     assert size_of(data) == (30, 20)
     made = shots(["a"], [0], [picture], [picture])
     assert made[0].wrong is None
-    import io
-
     assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (255, 128, 128)
     wide, high = size_of(sheet(made, ("original", "converted"), side=32, gap=4))
     assert (wide > 32, high) == (True, 2 * 36 + 4)
+
+
+def test_large_pictures_are_embedded_small() -> None:
+    small, large = png(torch.zeros(3, 64, 64)), png(torch.zeros(3, 600, 1024))
+    assert embedded(small) == "data:image/png;base64," + base64.b64encode(small).decode()
+    kind, _, data = embedded(large).partition(",")
+    assert kind == "data:image/webp;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (512, 300)

@@ -184,3 +184,4 @@ def test_every_objective_can_be_loaded_somewhere(objective: str) -> None:
     comfy, diffusers = how_to_load("sdxl", objective, "m.safetensors", shift=2.5, standard=False)
     assert "m.safetensors" in comfy.text
     compile(diffusers.code, "code", "exec")
+    assert "{" not in diffusers.code + comfy.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,6 +43,20 @@ def shots(
 def size_of(data: bytes) -> tuple[int, int]:
     """Width and height of a PNG, from its header."""
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def embedded(data: bytes, *, longest: int = 512) -> str:
+    """A PNG as a data URI for a page: as it is if small, else scaled to `longest` pixels as WebP."""
+    from PIL import Image
+
+    kind, longer = "png", max(size_of(data))
+    if longer > longest:
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        size = (picture.width * longest // longer, picture.height * longest // longer)
+        buffer = io.BytesIO()
+        picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "WEBP", quality=90)
+        kind, data = "webp", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def sheet(

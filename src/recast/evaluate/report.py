@@ -7,7 +7,6 @@ metadata is text, never markup.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from recast.commit import commit
 from recast.errors import Refused
 from recast.evaluate.charts import drift_chart, loss_chart
-from recast.evaluate.pictures import sheet, size_of
+from recast.evaluate.pictures import embedded, sheet, size_of
 from recast.evaluate.values import Report, picture_names
 from recast.evaluate.words import rows, summary
 
@@ -77,7 +76,12 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"uri": _uri, "bytes": _bytes, "duration": _duration, "shown": _shown}
+    environment.filters |= {
+        "uri": embedded,
+        "bytes": _bytes,
+        "duration": _duration,
+        "shown": _shown,
+    }
     shots = report.shots
     width, height = size_of(shots[0].original) if shots else (1, 1)
     return environment.get_template("report.html.j2").render(
@@ -121,10 +125,6 @@ def _shot(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
             return None
         values[kind] = path.read_bytes()
     return values if {"original", "converted"} <= values.keys() else None
-
-
-def _uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def _bytes(count: int) -> str:
