@@ -46,7 +46,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def embedded(data: bytes, *, longest: int = 512) -> str:
-    """A PNG as a data URI for a page: as it is if small, else scaled to `longest` pixels as WebP."""
+    """A PNG as a data URI: as it is if small, else scaled to `longest` pixels as WebP."""
     from PIL import Image
 
     kind, longer = "png", max(size_of(data))
