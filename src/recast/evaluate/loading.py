@@ -15,7 +15,8 @@ FLOW_LINES = (
     "pipe.scheduler.init_noise_sigma = 1.0",
     "pipe.scheduler.scale_model_input = lambda sample, timestep=None: sample",
 )
-FLOW_GRID = ", sigmas=[1 - k / 25 for k in range(25)],"  # from 1 to 0 evenly, as recast sample goes
+# from 1 to 0 evenly, as recast sample goes
+FLOW_GRID = "\n    sigmas=[1 - k / 25 for k in range(25)],"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def how_to_load(
         "",
         f'pipe = {pipeline}.from_single_file("{file}", torch_dtype=torch.float16{config})',
         *way.lines,
-        f'image = pipe(\n    "a prompt", num_inference_steps=25, guidance_scale=3.0,{way.grid}\n).images[0]',
+        "image = pipe(",
+        f'    "a prompt", num_inference_steps=25, guidance_scale=3.0,{way.grid}',
+        ").images[0]",
     ]
     return (
         Howto("ComfyUI", place, way.chain.format(shift=shift)),
