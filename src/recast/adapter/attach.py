@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from recast.adapter.file import Adapter, trained_role
+from recast.adapter.file import Adapter, trained_metadata
 from recast.adapter.places import entry_name
+from recast.adapter.rebuild import check_pair
 from recast.errors import Refused
 from recast.layout import Site
 from recast.lowrank import Full, LowRank
@@ -54,13 +55,18 @@ class LoCon(nn.Module):
     down0: Tensor
 
     def __init__(
-        self, base: nn.Linear | nn.Conv2d, start: LowRank, switch: Switch, dropout: float
+        self,
+        base: nn.Linear | nn.Conv2d,
+        value: LowRank,
+        start: LowRank,
+        switch: Switch,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.base = base
         self.switch = switch
         self.dropout = dropout  # works in training mode and only where gradients are wanted
-        self.up, self.down = nn.Parameter(start.up.clone()), nn.Parameter(start.down.clone())
+        self.up, self.down = nn.Parameter(value.up.clone()), nn.Parameter(value.down.clone())
         self.register_buffer("up0", start.up, persistent=False)
         self.register_buffer("down0", start.down, persistent=False)
 
@@ -91,10 +97,10 @@ class LoCon(nn.Module):
 class Delta(nn.Module):
     """Parametrization weight + delta, summed in fp32 and rounded once to the weight's dtype."""
 
-    def __init__(self, start: Tensor, switch: Switch) -> None:
+    def __init__(self, value: Tensor, switch: Switch) -> None:
         super().__init__()
         self.switch = switch
-        self.delta = nn.Parameter(start.clone())
+        self.delta = nn.Parameter(value.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter as the layer sees it."""
@@ -151,7 +157,7 @@ class Attached:
     def trained(self) -> Adapter:
         """A copy of the masters on the CPU, in fp32, marked as trained."""
         entries = {spot.name: _value(spot.layer, spot.shape) for spot in self.spots}
-        return Adapter(entries, trained_role(self.initial.metadata))
+        return Adapter(entries, trained_metadata(self.initial.metadata))
 
     @torch.no_grad()
     def load(self, adapter: Adapter) -> None:
@@ -196,13 +202,18 @@ def attach(
     adapter: Adapter,
     sites: Iterable[Site],
     *,
+    initial: Adapter | None = None,
     dropout: float = 0.0,
 ) -> Attached:
     """Insert an adapter at its sites; every other parameter of the parts is frozen.
 
-    parts: "unet", "te1", "te2" to the modules that hold them. Masters are fp32 on the device of the
-    layer they belong to, whatever the dtype of the layer.
+    parts: "unet", "te1", "te2" to the modules that hold them. sites: at least those of the adapter.
+    The student answers as the checkpoint rebuilt with the adapter would: a `pissa-init` adapter is
+    its own start, a `pissa-trained` one needs its `initial`, a change starts from zero. Masters are
+    fp32 on the device of the layer they belong to, whatever the dtype of the layer.
     """
+    if initial is not None or adapter.role != "pissa-init":
+        check_pair(initial, adapter)
     by_name = {entry_name(site): site for site in sites}
     unknown = [name for name in adapter.entries if name not in by_name]
     if unknown:
@@ -214,12 +225,14 @@ def attach(
     frozen = [(p, p.requires_grad) for part in parts.values() for p in part.parameters()]
     for parameter, _ in frozen:
         parameter.requires_grad_(False)
-    attached = Attached(adapter, [], switch, frozen)
+    attached = Attached(adapter if initial is None else initial, [], switch, frozen)
     try:
         for name, site in by_name.items():
             if name in adapter.entries:
                 entry = adapter.entries[name]
-                spot = _insert(parts[site.part], site, name, entry, switch, dropout)
+                start = entry if attached.initial.role == "pissa-init" else _zero(entry)
+                start = start if initial is None else initial.entries[name]
+                spot = _insert(parts[site.part], site, name, entry, start, switch, dropout)
                 attached.spots.append(spot)
     except Refused:
         attached.detach()
@@ -227,8 +240,19 @@ def attach(
     return attached
 
 
+def _zero(entry: LowRank | Full) -> LowRank | Full:
+    """Where a change started: factors without `up`."""
+    return LowRank(torch.zeros_like(entry.up), entry.down) if isinstance(entry, LowRank) else entry
+
+
 def _insert(
-    part: nn.Module, site: Site, name: str, entry: LowRank | Full, switch: Switch, dropout: float
+    part: nn.Module,
+    site: Site,
+    name: str,
+    entry: LowRank | Full,
+    start: LowRank | Full,
+    switch: Switch,
+    dropout: float,
 ) -> Spot:
     module = part.get_submodule(site.module)
     base = module.base if isinstance(module, LoCon) and module.switch is switch else module
@@ -249,14 +273,18 @@ def _insert(
             f"{name} is low-rank, but {site.module} is a {type(base).__name__}; only "
             "linear and ungrouped convolution layers take factors."
         )
-    start = LowRank(
-        entry.up.to(weight.device, torch.float32), entry.down.to(weight.device, torch.float32)
-    )
-    layer = LoCon(base, start, switch, dropout)
+    assert isinstance(start, LowRank)
+    layer = LoCon(base, _on(entry, weight), _on(start, weight), switch, dropout)
     above, _, leaf = site.module.rpartition(".")
     owner = part.get_submodule(above)
     setattr(owner, leaf, layer)
     return Spot(name, owner, leaf, layer, entry.shape)
+
+
+def _on(factors: LowRank, weight: Tensor) -> LowRank:
+    """Factors in fp32 where a weight lies."""
+    up = factors.up.to(weight.device, torch.float32)
+    return LowRank(up, factors.down.to(weight.device, torch.float32))
 
 
 def _value(layer: LoCon | Delta, shape: tuple[int, ...]) -> LowRank | Full:

@@ -72,7 +72,7 @@ class Adapter:
         return Adapter({k: e.to(dtype) for k, e in self.entries.items()}, self.metadata)
 
 
-def trained_role(metadata: Mapping[str, str]) -> dict[str, str]:
+def trained_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of an initial adapter, for what has been trained from it."""
     kept = {k: v for k, v in metadata.items() if k.startswith("recast.") and k != "recast.energy"}
     if kept.get("recast.role") == "pissa-init":

@@ -135,6 +135,11 @@ def check_pair(initial: Adapter | None, trained: Adapter) -> None:
                 f"{name} differs in kind or shape between the initial and the trained "
                 "adapter; give two adapters of one run."
             )
+        if isinstance(start, Full) and start.delta.count_nonzero():
+            raise Refused(
+                f"the initial adapter already changes {name}; it is no start, so leave it out, or "
+                "give the adapter that training began with."
+            )
 
 
 def refuse_other_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
@@ -148,10 +153,10 @@ def refuse_other_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
 
 
 def change(initial: LowRank | Full | None, trained: LowRank | Full) -> LowRank | Full:
-    """trained - initial, exactly zero where nothing was trained."""
-    if isinstance(trained, LowRank):
-        return difference(trained, initial) if isinstance(initial, LowRank) else trained
-    return Full(trained.delta - initial.delta) if isinstance(initial, Full) else trained
+    """trained - initial, exactly zero where nothing moved; a full entry is a change itself."""
+    if isinstance(trained, LowRank) and isinstance(initial, LowRank):
+        return difference(trained, initial)
+    return trained
 
 
 def _added(
