@@ -82,7 +82,7 @@ def sheet(
             if data is not None:
                 canvas.paste(_scaled(data, side), (label + k * (side + gap), top))
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", optimize=True)
+    canvas.save(buffer, "PNG")
     return buffer.getvalue()
 
 
