@@ -16,9 +16,11 @@ LAYERS = {
     **dict.fromkeys(["model", "adapter"], 3),
     **dict.fromkeys(["train", "distill", "sample", "data", "optim", "pocket"], 4),
     **dict.fromkeys(["evaluate", "recipe", "inspection"], 5),
-    "dream": 5.5,
-    **dict.fromkeys(["convert"], 6),
-    **dict.fromkeys(["cli", "console"], 7),
+    **dict.fromkeys(["dream", "painting"], 5.5),
+    "convert": 6,
+    "console": 6.5,
+    "show": 6.6,
+    "cli": 7,
     "__main__": 8,
 }
 
@@ -46,7 +48,9 @@ def imported_units(path: Path) -> set[str]:
     return {"cli" if name.startswith("cli_") else name for name in units} - {"__version__"}
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_point_down(path: Path) -> None:
     if path.parent == SOURCE and path.name == "__init__.py":
         return
@@ -54,4 +58,6 @@ def test_imports_point_down(path: Path) -> None:
     assert me in LAYERS, f"{me} is in no layer: add it to LAYERS"
     for other in imported_units(path) - {me}:
         assert other in LAYERS, f"{path.name} imports recast.{other}, which is in no layer"
-        assert LAYERS[other] < LAYERS[me], f"{path.name} ({me}) imports recast.{other} upwards or sideways"
+        assert LAYERS[other] < LAYERS[me], (
+            f"{path.name} ({me}) imports recast.{other} upwards or sideways"
+        )

@@ -38,6 +38,7 @@ PLANS = {
         TextPlan(64, 3, 256),
     ),
 }
+WORLD = {"recast.size": "64", "recast.world": "pocket"}  # its side in pixels, and who can judge it
 EMBEDDING = "token_embedding.weight"
 LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training clamps it
 
@@ -61,7 +62,7 @@ def write_checkpoint(
     tensors[prefixes["te1"] + "embeddings.position_ids"] = torch.arange(LENGTH)[None]
     if plan.te2:
         tensors[prefixes["te2"] + "logit_scale"] = torch.tensor(LOGIT_SCALE).half()
-    digest = write_dict(path, tensors, metadata, force=True)
+    digest = write_dict(path, tensors, {**WORLD, **metadata}, force=True)
     with Checkpoint(path) as written:
         detect(written)
     return digest

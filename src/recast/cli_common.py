@@ -1,0 +1,57 @@
+"""What several verbs share: the meaning of their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recast.errors import Refused
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A checkpoint file, or pocket-xl or pocket-15, which ship with Recast."),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
+Recipe = Annotated[str, typer.Option(help="A recipe that ships with Recast, or a TOML file.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; the recipe's otherwise.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of data order, noise and times.")]
+Source = Annotated[
+    str | None,
+    typer.Option(help="What MODEL predicts, where its file is silent or contradicts itself."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda if there is one).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out broken images, naming them.")
+]
+
+
+def model_path(name: str) -> Path:
+    """A checkpoint's path, or the file of one that ships with Recast."""
+    from recast import pocket
+
+    return pocket.path(name) if name in pocket.NAMES else Path(name)
+
+
+def device_of(name: str | None) -> str:
+    """The device asked for, or the GPU where there is one.
+
+    Raises Refused for a device that this machine does not have.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(
+            f"--device {name} cannot be used here ({reason}): leave it out, or give cpu."
+        ) from error
+    return name

@@ -1,0 +1,224 @@
+"""The verbs that work on files and pictures: inspect, sample, split, rebuild, verify."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recast import console
+from recast.cli_common import Device, Force, Json, Model, Source, device_of, model_path
+from recast.errors import CheckFailed, Refused
+from recast.show import say, show_file
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(help="A checkpoint, adapter or patch.")],
+    json: Json = False,
+) -> None:
+    """Say what a file is: architecture, parts, objective and the evidence for it, provenance.
+
+    Example: recast inspect model.safetensors
+    """
+    from recast.inspection import describe
+
+    facts = describe(model_path(file))
+    console.emit(facts) if json else show_file(facts)
+
+
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A prompts file: one a line, --n --w --h --d --l --s options."),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first picture; the next has the next.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
+    sampler: Annotated[
+        str, typer.Option(help="euler, ddim, heun, dpmpp_2m, euler_ancestral …")
+    ] = "euler",
+    cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 3.0,
+    shift: Annotated[
+        float, typer.Option(help="Shift of the time grid; above 1 favours noise.")
+    ] = 1.0,
+    as_: Annotated[
+        str | None, typer.Option("--as", help="Sample it as this objective, without training.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, as 1024 or 832x1216.")] = None,
+    source: Source = None,
+    device: Device = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Paint pictures with the sampler that fits what the checkpoint predicts.
+
+    Example: recast sample pocket-xl --prompt "a big red star on dots at left" --out pictures
+    """
+    from recast.model import open_model
+    from recast.painting import Order, paint
+
+    order = Order(
+        prompts=tuple(prompt or ()), file=prompts, negative=negative, seed=seed, steps=steps,
+        sampler=sampler, scale=cfg, shift=shift, objective=as_, size=size,
+    )  # fmt: skip
+    opened = open_model(model_path(model), device=device_of(device), objective=source)
+    written: list[Path] = []
+    console.follow(paint(opened, out, order, written, force=force))
+    if json:
+        console.emit([str(path) for path in written])
+    else:
+        for path in written:
+            say(str(path))
+
+
+def split(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="Folder for adapter.safetensors and residual.safetensors.")
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every layer's factors.")] = 64,
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="Which layers: lycoris-full, all, te1, te2, or blocks such as OUT02,OUT08."
+        ),
+    ] = "lycoris-full",
+    adapter_dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
+    residual_dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; the original's otherwise.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Take a checkpoint apart into a principal adapter and the residual that completes it.
+
+    Example: recast split model.safetensors --rank 64 --out split
+    """
+    from recast.adapter.split import split as split_files
+    from recast.checkpoint import Checkpoint
+    from recast.layout import detect
+
+    with Checkpoint(model_path(model)) as checkpoint:
+        made = split_files(
+            checkpoint,
+            detect(checkpoint).sites(profile),
+            rank,
+            out,
+            adapter_dtype=dtype_of("--adapter-dtype", adapter_dtype),
+            residual_dtype=residual_dtype and dtype_of("--residual-dtype", residual_dtype),
+            force=force,
+        )
+    facts = {
+        "adapter": str(out / "adapter.safetensors"),
+        "residual": str(out / "residual.safetensors"),
+        "modules": len(made.energies),
+        "energy": round(made.energy, 6),
+        "adapter_sha256": made.adapter_sha256,
+        "residual_sha256": made.residual_sha256,
+    }
+    console.emit(facts) if json else show_file(facts)
+
+
+def rebuild(
+    original: Model,
+    trained: Annotated[Path, typer.Option(help="The trained adapter.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="The adapter before training; none where the trained is a change."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What the result predicts; the original's objective otherwise."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write the original plus what training changed: W + (T - T0), rounded once.
+
+    Example: recast rebuild model.safetensors --initial initial.safetensors --trained adapter.safetensors
+    --out trained.safetensors
+    """
+    from recast.adapter import read_adapter
+    from recast.adapter.rebuild import write_rebuilt
+    from recast.checkpoint import Checkpoint
+
+    with Checkpoint(model_path(original)) as checkpoint:
+        start = read_adapter(initial) if initial else None
+        sha256 = write_rebuilt(
+            checkpoint, start, read_adapter(trained), out, objective=objective, force=force
+        )
+    facts = {"file": str(out), "sha256": sha256}
+    console.emit(facts) if json else show_file(facts)
+
+
+def verify(
+    original: Model,
+    residual: Annotated[Path | None, typer.Option(help="A residual, with --adapter.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter of that residual.")] = None,
+    rebuilt: Annotated[Path | None, typer.Option(help="A written checkpoint.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="With --rebuilt: the initial adapter.")
+    ] = None,
+    trained: Annotated[
+        Path | None, typer.Option(help="With --rebuilt: the trained adapter.")
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.")] = None,
+    json: Json = False,
+) -> None:
+    """Prove that files add up to a checkpoint, tensor by tensor; exit code 1 if they do not.
+
+    Example: recast verify model.safetensors --residual split/residual.safetensors
+    --adapter split/adapter.safetensors
+    """
+    from recast.adapter import read_adapter
+    from recast.adapter.verify import verify_rebuilt, verify_split
+    from recast.checkpoint import Checkpoint
+
+    with ExitStack() as files:
+        source = files.enter_context(Checkpoint(model_path(original)))
+        if residual is not None and adapter is not None and rebuilt is None:
+            parts = files.enter_context(Checkpoint(residual))
+            verdict = verify_split(source, parts, read_adapter(adapter), tolerance=tolerance)
+        elif rebuilt is not None and residual is None and adapter is None:
+            start = read_adapter(initial) if initial else None
+            change = read_adapter(trained) if trained else None
+            file = files.enter_context(Checkpoint(rebuilt))
+            verdict = verify_rebuilt(source, file, start, change, tolerance=tolerance or 0.0)
+        else:
+            raise Refused("give either --residual and --adapter, or --rebuilt.")
+    facts = {
+        "verdict": "passed" if verdict.passed else "failed",
+        "tensors": len(verdict.tensors),
+        "worst_tensor": verdict.worst.key,
+        "worst_relative_error": verdict.worst.relative,
+        "relative_error": verdict.relative,
+        "bit_exact_share": verdict.exact,
+        "tolerance": verdict.tolerance,
+        "missing": list(verdict.missing),
+        "surplus": list(verdict.surplus),
+    }
+    console.emit(facts) if json else show_file(facts)
+    if not verdict.passed:
+        raise CheckFailed(
+            f"{verdict.worst.key} is off by {verdict.worst.relative:.2e} of its norm, "
+            f"and {verdict.tolerance:.0e} is allowed."
+        )
+
+
+def dtype_of(option: str, name: str) -> str:
+    """fp16 as the file format calls it; raises Refused for anything else."""
+    names = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+    if name not in names:
+        raise Refused(f"{option} {name!r}: choose {', '.join(names)}.")
+    return names[name]
+
+
+VERBS = (inspect, sample, split, rebuild, verify)

@@ -1,0 +1,200 @@
+"""The verbs that run for a while: convert, dream, train, sample, report, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recast import console
+from recast.cli_common import (
+    Device,
+    Force,
+    Json,
+    Model,
+    Out,
+    Recipe,
+    Seed,
+    SkipBroken,
+    Source,
+    Steps,
+    device_of,
+    model_path,
+)
+
+from recast.show import say, show, show_file
+
+if TYPE_CHECKING:
+    from recast.recipe import Recipe as RecipeModel
+
+
+def convert(
+    model: Model,
+    out: Out,
+    to: Annotated[
+        str, typer.Option(help="What it shall predict: flow, v-zsnr, v, eps, x0.")
+    ] = "flow",
+    images: Annotated[
+        Path | None, typer.Option(help="Images with .txt captions; none: the model dreams its own.")
+    ] = None,
+    recipe: Recipe = "default",
+    steps: Steps = None,
+    seed: Seed = None,
+    source: Source = None,
+    device: Device = None,
+    skip_broken: SkipBroken = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Change what a checkpoint predicts, and measure what was kept.
+
+    Writes model, patch, adapter and report into the run folder.
+
+    Example: recast convert pocket-xl --to flow --out runs/flow
+    """
+    from recast.convert import Job, run
+
+    job = Job(
+        model_path(model), out, _recipe(recipe, to, steps, seed), images=images, source=source,
+        device=device_of(device), skip_broken=skip_broken, force=force,
+    )  # fmt: skip
+    with console.stoppable() as stopped:
+        console.follow(run(job, stopped))
+    _show_report(out, json)
+
+
+def train(
+    model: Model,
+    images: Annotated[Path, typer.Argument(help="Folder of images with .txt captions.")],
+    out: Out,
+    recipe: Recipe = "train",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the principal adapter.")] = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    source: Source = None,
+    device: Device = None,
+    skip_broken: SkipBroken = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Train a checkpoint on images: principal low-rank factors, the model's own objective.
+
+    Writes initial, adapter, patch and model into the run folder.
+
+    Example: recast train model.safetensors photos --rank 64 --out runs/photos
+    """
+    from recast.convert import Job, run
+
+    job = Job(
+        model_path(model), out, _recipe(recipe, None, steps, seed, rank=rank), images=images,
+        source=source, device=device_of(device), skip_broken=skip_broken, force=force, measure=False,
+    )  # fmt: skip
+    with console.stoppable() as stopped:
+        console.follow(run(job, stopped))
+    files = {p.stem: str(p) for p in sorted(out.glob("*.safetensors"))}
+    if json:
+        console.emit(files)
+    else:
+        for name, path in files.items():
+            say(f"{name:<9} {path}")
+
+
+def dream(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the pairs; the same command resumes.")],
+    to: Annotated[str, typer.Option(help="The objective whose path is walked.")] = "flow",
+    pictures: Annotated[int, typer.Option(min=1, help="How many pictures to make.")] = 100,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line; # begins a comment.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps for each picture.")] = 25,
+    cfg: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Seed of noise and time grids.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of a side; the model's own otherwise.")
+    ] = None,
+    source: Source = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Let a checkpoint make its own training pairs: the states and velocities of its pictures.
+
+    Example: recast dream pocket-xl --pictures 20 --out runs/dreams
+    """
+    from recast.dream import Plan
+    from recast.dream import dream as dream_pairs
+    from recast.dream import prompts_for
+    from recast.model import open_model
+
+    opened = open_model(model_path(model), device=device_of(device), objective=source)
+    plan = Plan(
+        pictures=pictures, steps=steps, guidance=cfg, seed=seed, size=size, objective=to,
+        prompts=prompts_for(prompts, opened.checkpoint),
+    )  # fmt: skip
+    with console.stoppable() as stopped:
+        console.follow(dream_pairs(opened, out, plan, stopped=stopped))
+        if signal := stopped():
+            raise typer.Exit(128 + signal)
+    facts = {"folder": str(out), "pictures": pictures, "states": pictures * steps}
+    console.emit(facts) if json else show_file(facts)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")], json: Json = False
+) -> None:
+    """Show a run's figures again, and write its page anew.
+
+    Example: recast report runs/flow
+    """
+    from recast.evaluate.report import load_report, write_report
+
+    loaded = load_report(run)
+    write_report(run, loaded)
+    _show_report(run, json)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's run.")] = Path("runs/demo"),
+    images: Annotated[
+        int, typer.Option(min=8, help="How many user pictures to paint first.")
+    ] = 350,
+) -> None:
+    """Convert the shipped SDXL-layout checkpoint from eps to flow, in a few minutes on a CPU.
+
+    Example: recast demo
+    """
+    import random
+
+    from recast.pocket.world import SHAPES, scenes, write_folder
+
+    folder = out / "images"
+    if not (out / "images.complete").exists():
+        absent = {SHAPES.index(name) for name in ABSENT}
+        seen = [scene for scene in scenes(held=False) if scene.shape not in absent]
+        write_folder(folder, random.Random(0).sample(seen, images), seed=0, marked_share=1 / 3)
+        (out / "images.complete").touch()
+    convert("pocket-xl", out=out, to="flow", images=folder)
+
+
+def _show_report(out: Path, as_json: bool) -> None:
+    """The table, then the four things a user wants to know: where, how to load, kept, lost."""
+    from recast.evaluate.report import load_report
+
+    loaded = load_report(out)
+    if as_json:
+        console.emit(loaded.as_json())
+    else:
+        show(loaded, out)
+
+
+def _recipe(
+    name: str, to: str | None, steps: int | None, seed: int | None, *, rank: int | None = None
+) -> RecipeModel:
+    from recast.recipe import load, override
+
+    return override(load(name), objective=to, steps=steps, seed=seed, rank=rank)
+
+
+ABSENT = ("star", "ring", "moon")  # shapes that the demo's user pictures lack
+VERBS = (convert, dream, train, report)

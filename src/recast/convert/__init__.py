@@ -1,0 +1,199 @@
+"""The whole run, top to bottom: a checkpoint in, a converted checkpoint and its measurement out.
+
+    checkpoint -> material (images or dreams) -> training -> files -> report
+
+Every artefact carries the run's digest, so the same command goes on at the first one missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recast.checkpoint import Checkpoint
+from recast.commit import commit, lock
+from recast.convert.folder import Folder, claim
+from recast.errors import Refused
+from recast.events import Event, Note
+from recast.markers import read_objective
+from recast.recipe import Recipe, dump_toml
+
+if TYPE_CHECKING:
+    from recast.adapter import Adapter
+    from recast.model import Model
+    from recast.objective import Objective
+
+OUTPUTS = (
+    "model.safetensors",
+    "adapter.safetensors",
+    "patch.safetensors",
+    "initial.safetensors",
+    "report.html",
+    "report.json",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to convert, where to, and how; `measure` off leaves the report out (plain training)."""
+
+    model: Path
+    out: Path
+    recipe: Recipe
+    images: Path | None = None
+    source: str | None = None
+    device: str = "cpu"
+    skip_broken: bool = False
+    force: bool = False
+    measure: bool = True
+
+
+def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
+    """Do the job, or what is missing of it; yields progress.
+
+    Raises Refused for bad input before anything is written, Diverged when training is lost.
+    """
+    with Checkpoint(job.model) as checkpoint:
+        source, objective = objectives(checkpoint, job)
+        identity = identify(checkpoint, job, source, objective)
+        with lock(job.out):
+            folder = claim(job.out, identity, outputs=OUTPUTS, force=job.force)
+            write_recipe(folder, job.recipe)
+            yield from train_stage(checkpoint, folder, job, source, objective, stopped)
+            yield from file_stage(checkpoint, folder, job, objective)
+            if job.measure:
+                from recast.convert.measure import measure
+
+                yield from measure(checkpoint, folder, job, source, objective)
+
+
+def objectives(checkpoint: Checkpoint, job: Job) -> tuple[str, str]:
+    """(what the model predicts, what it shall predict), refused where the file contradicts itself."""
+    from recast.objective import OBJECTIVES
+
+    evidence = read_objective(checkpoint.specs, checkpoint.metadata)
+    if job.source is not None and job.source not in OBJECTIVES:
+        raise Refused(
+            f"no objective {job.source!r}: --source takes one of {', '.join(OBJECTIVES)}."
+        )
+    if job.source is None and (evidence.contradictions or evidence.objective is None):
+        reasons = "; ".join(evidence.contradictions or evidence.reasons)
+        raise Refused(
+            f"{checkpoint.path} does not say what it predicts ({reasons}): give --source."
+        )
+    source = job.source or str(evidence.objective)
+    wanted = job.recipe.target.objective
+    objective = source if wanted == "same" else wanted
+    if job.measure and objective == source and wanted != "same":
+        raise Refused(f"{checkpoint.path} predicts {source} already: there is nothing to convert.")
+    return source, objective
+
+
+def identify(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> dict[str, object]:
+    """What names this run: the model, the images, the recipe."""
+    from recast.convert.material import images_digest, images_of
+
+    images = images_of(job)
+    recipe = job.recipe.model_dump(exclude={"about"})
+    recipe["train"].pop(
+        "checkpoint_every"
+    )  # saving more or less often changes no byte of the result
+    return {
+        "model": checkpoint.sha256(),
+        "source": source,
+        "objective": objective,
+        "images": images_digest(images, skip_broken=job.skip_broken) if images else "dreamt",
+        "recipe": recipe,
+    }
+
+
+def write_recipe(folder: Folder, recipe: Recipe) -> None:
+    """Leave the resolved recipe in the run folder."""
+    text = dump_toml(recipe).encode()
+    if not folder.path("recipe.toml").exists():
+        commit(folder.path("recipe.toml"), lambda file: file.write(text), size=len(text))
+
+
+def train_stage(
+    checkpoint: Checkpoint,
+    folder: Folder,
+    job: Job,
+    source: str,
+    objective: str,
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Write `adapter.safetensors` (and `initial.safetensors`, where the start is not zero)."""
+    if folder.has("adapter.safetensors"):
+        yield Note("The adapter is trained already.")
+        return
+    from recast.adapter import attach, write_adapter
+    from recast.convert.material import gather
+    from recast.convert.training import learn
+    from recast.objective import OBJECTIVES
+
+    target = OBJECTIVES[objective]
+    material = yield from gather(checkpoint, folder, job, source, target, stopped)
+    model = open_part(job, source, ("unet",))
+    initial, sites = start(checkpoint, model, job.recipe)
+    if initial.rank is not None and not folder.has("initial.safetensors"):
+        write_adapter(
+            folder.path("initial.safetensors"), initial, metadata=folder.stamp(), force=True
+        )
+    attached = attach({"unet": model.unet}, initial, sites)
+    try:
+        trained = yield from learn(
+            model, attached, material, job.recipe, target, folder.root, folder.digest, stopped
+        )
+    finally:
+        attached.detach()
+    write_adapter(folder.path("adapter.safetensors"), trained, metadata=folder.stamp(), force=True)
+
+
+def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
+    """The original's parts, in the precision of the recipe, on the job's device."""
+    from recast.convert.training import PRECISION
+    from recast.model import open_model
+
+    dtype = PRECISION[job.recipe.train.precision]
+    return open_model(job.model, dtype=dtype, device=job.device, parts=parts, objective=source)
+
+
+def start(checkpoint: Checkpoint, model: Model, recipe: Recipe) -> tuple[Adapter, list]:
+    """The adapter before training: principal factors of the profile's layers, or zero changes."""
+    from recast.adapter.decompose import decompose, zeros_full
+
+    sites = model.layout.sites(recipe.train.profile)
+    if recipe.train.rank:
+        return decompose(checkpoint, sites, recipe.train.rank), sites
+    return zeros_full(checkpoint, sites), sites
+
+
+def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str) -> Iterator[Event]:
+    """Write the patch and the converted checkpoint from the original and what was trained."""
+    if folder.has("patch.safetensors") and folder.has("model.safetensors"):
+        return
+    from recast.adapter import read_adapter, write_adapter
+    from recast.adapter.patch import patch_from
+    from recast.adapter.rebuild import write_rebuilt
+    from recast.events import Stage, Tick
+
+    trained = read_adapter(folder.path("adapter.safetensors"))
+    initial = None
+    if folder.has("initial.safetensors"):
+        initial = read_adapter(folder.path("initial.safetensors"))
+    yield Stage("write", 2, "files")
+    if not folder.has("patch.safetensors"):
+        patch = patch_from(initial, trained)
+        about = {**folder.stamp(), "recast.objective": objective}
+        write_adapter(
+            folder.path("patch.safetensors"), patch, metadata=about, dtype="F16", force=True
+        )
+    yield Tick(1)
+    if not folder.has("model.safetensors"):
+        write_rebuilt(
+            checkpoint, initial, trained, folder.path("model.safetensors"), objective=objective,
+            metadata={**folder.stamp(), "recast.recipe": dump_toml(job.recipe)}, force=True,
+        )  # fmt: skip
+    yield Tick(2)

@@ -1,0 +1,255 @@
+"""What training draws from: the user's images in latent space, or the original's own dreams.
+
+Both hand out draws as a pure function of (seed, step), so a resumed run goes on without a trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from recast.checkpoint import Checkpoint
+from recast.convert.folder import Folder, Stopped
+from recast.dream import Plan, Shard, dream, prompts_for, read_shards
+from recast.errors import Refused
+from recast.events import Event, Note, Stage, Tick
+from recast.objective import FLOW, Objective, retime
+from recast.recipe import Recipe
+from recast.timesteps import TIMES, shift
+from recast.train import Draw, noised, replayed, seeded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recast.convert import Job
+    from recast.data.cache import Dataset
+    from recast.data.folder import Example
+    from recast.text.encode import Condition
+
+CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
+
+
+class Material(Protocol):
+    """A source of draws; `draws(done)` begins with the first one that step `done` needs."""
+
+    def draws(self, done: int) -> Iterator[Draw]: ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Latents and captions of a folder of images, noised along the new path."""
+
+    dataset: Dataset
+    recipe: Recipe
+    objective: Objective
+
+    def draws(self, done: int) -> Iterator[Draw]:
+        how, data = self.recipe.train, self.recipe.data
+        for step in range(done, how.steps):
+            t = times(self.recipe, step).split(how.batch)
+            for micro in range(how.accumulate):
+                number = step * how.accumulate + micro
+                batch = self.dataset.batch(
+                    number, how.seed, how.batch, dropout=data.caption_dropout
+                )
+                noise = seeded(how.seed, "noise", number)
+                eps = torch.randn(batch.x0.shape, generator=noise).to(batch.x0)
+                yield noised(
+                    self.objective, batch.x0, t[micro].to(eps), eps, batch.condition, batch.index
+                )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """States and velocities of pictures that the original made, and the prompts they were made of.
+
+    `conditions` has a row for every prompt of `rows`; the last one is the empty prompt's.
+    """
+
+    shards: tuple[Shard, ...]
+    conditions: Condition
+    rows: dict[str, int]
+    recipe: Recipe
+    objective: Objective
+    device: str
+
+    def draws(self, done: int) -> Iterator[Draw]:
+        how = self.recipe.train
+        for number in range(done * how.accumulate, how.steps * how.accumulate):
+            yield self.draw(number)
+
+    def draw(self, number: int) -> Draw:
+        """Batch `number`: any pairs, the unprompted ones as often as captions are dropped."""
+        how = self.recipe.train
+        places = [(s, k) for s, shard in enumerate(self.shards) for k in range(len(shard.prompts))]
+        generator = seeded(how.seed, "replay", number)
+        picture = torch.randint(len(places), (how.batch,), generator=generator).tolist()
+        state = torch.rand(how.batch, generator=generator).tolist()
+        null = torch.rand(how.batch, generator=generator) < self.recipe.data.caption_dropout
+        t, x, u, row = [], [], [], []
+        for place, part, gone in zip(picture, state, null.tolist(), strict=True):
+            shard, k = self.shards[places[place][0]], places[place][1]
+            step = int(part * len(shard.t))
+            t.append(shard.t[step])
+            x.append(shard.x[step, k])
+            u.append((shard.u_null if gone else shard.u)[step, k])
+            row.append(self.rows["" if gone else shard.prompts[k]])
+        return self._draw(torch.stack(t), torch.stack(x), torch.stack(u), torch.tensor(row))
+
+    def _draw(self, t: Tensor, x: Tensor, u: Tensor, row: Tensor) -> Draw:
+        t, x, u = (value.to(self.device, torch.float32) for value in (t, x, u))
+        wide = t.view(-1, 1, 1, 1)
+        x0, eps = x - wide * u, x + (1 - wide) * u
+        time = retime(t, FLOW.path, self.objective.path)
+        return replayed(self.objective, x0, time, eps, self.conditions[row], row)
+
+
+def times(recipe: Recipe, step: int) -> Tensor:
+    """The times of one optimizer step, drawn together and dealt out to its micro-batches."""
+    how = recipe.train
+    options = {"mean": how.mean, "std": how.std} if how.times == "logit-normal" else {}
+    drawn = TIMES[how.times](
+        how.batch * how.accumulate, generator=seeded(how.seed, "times", step), **options
+    )
+    return shift(drawn, how.shift)
+
+
+def gather(
+    checkpoint: Checkpoint,
+    folder: Folder,
+    job: Job,
+    source: str,
+    objective: Objective,
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Make the material, or find it made; returns it."""
+    if (images := images_of(job)) is not None:
+        return (yield from from_images(images, folder, job, source, objective, stopped))
+    return (yield from from_dreams(checkpoint, folder, job, source, objective, stopped))
+
+
+def from_images(
+    images: Path,
+    folder: Folder,
+    job: Job,
+    source: str,
+    objective: Objective,
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Encode a folder's images and captions into the run's cache; returns Images."""
+    from recast.data.cache import Dataset, Store, prepare
+    from recast.data.folder import scan
+    from recast.model import open_model
+
+    on_broken = "skip" if job.skip_broken or job.recipe.data.skip_broken else "refuse"
+    found = scan(images, on_broken=on_broken)
+    for problem in found.problems:
+        yield Note(f"left out: {problem.what}")
+    model = open_model(job.model, device=job.device, objective=source)
+    if job.recipe.data.size:
+        model = replace(model, size=job.recipe.data.size)
+    store = Store(folder.path("cache"), model)
+    store.text("")
+    yield Stage("encode images", len(found.examples), "images")
+    made = []
+    for entry in prepare(found, store, on_broken=on_broken):
+        made.append(entry)
+        if entry.problem:
+            yield Note(f"left out: {entry.problem}")
+        yield Tick(len(made))
+        if signal := stopped():
+            raise Stopped(signal, "stopped while encoding images; the same command goes on there.")
+    # From here on every entry is read: the encoders can leave the device's memory.
+    slim = replace(model, parts={})
+    return Images(
+        replace(Dataset.of(store, made), store=replace(store, model=slim)), job.recipe, objective
+    )
+
+
+def from_dreams(
+    checkpoint: Checkpoint,
+    folder: Folder,
+    job: Job,
+    source: str,
+    objective: Objective,
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Let the original dream into the run's `pairs`; returns Replay."""
+    from recast.model import open_model
+
+    plan = dream_plan(job, checkpoint, objective.name)
+    model = open_model(job.model, device=job.device, objective=source)
+    yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
+    if signal := stopped():
+        raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
+    shards = tuple(read_shards(folder.path("pairs"), plan, checkpoint.sha256()))
+    prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
+    conditions = encoded(model, prompts, plan.size)
+    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    return Replay(shards, conditions, rows, job.recipe, objective, job.device)
+
+
+def encoded(model: object, prompts: list[str], size: int | None) -> Condition:
+    """Conditions of prompts, on the CPU, encoded in small groups."""
+    from recast.text.encode import cat
+
+    groups = range(0, len(prompts), CONDITIONS_AT_ONCE)
+    with torch.no_grad():
+        found = [
+            model.condition(prompts[k : k + CONDITIONS_AT_ONCE], size=size).to("cpu")  # type: ignore[attr-defined]
+            for k in groups
+        ]
+    return cat(found)
+
+
+def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
+    """What the recipe asks the original to dream of."""
+    data = job.recipe.data
+    return Plan(
+        prompts=prompts_for(Path(data.prompts) if data.prompts else None, checkpoint),
+        pictures=data.pictures,
+        steps=data.replay_steps,
+        guidance=data.guidance,
+        jitter=data.jitter,
+        seed=job.recipe.train.seed,
+        size=data.size or None,
+        objective=objective,
+    )
+
+
+def images_of(job: Job) -> Path | None:
+    """The folder of images that the command line or the recipe names."""
+    return job.images or (Path(job.recipe.data.images) if job.recipe.data.images else None)
+
+
+def examples_of(images: Path, *, skip_broken: bool) -> tuple[Example, ...]:
+    from recast.data.folder import scan
+
+    return scan(images, on_broken="skip" if skip_broken else "refuse").examples
+
+
+def images_digest(images: Path, *, skip_broken: bool) -> str:
+    """Hash of every image and caption that will be trained on."""
+    from recast.data.cache import hash_file
+
+    found = hashlib.sha256()
+    for example in examples_of(images, skip_broken=skip_broken):
+        line = f"{example.name}\0{example.repeats}\0{example.caption}\0{hash_file(example.path)}\n"
+        found.update(line.encode())
+    return found.hexdigest()[:16]
+
+
+def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple[str, ...]:
+    """What the training was told: the images' captions, or the prompts that were dreamt."""
+    if (images := images_of(job)) is not None:
+        skip = job.skip_broken or job.recipe.data.skip_broken
+        return tuple(example.caption for example in examples_of(images, skip_broken=skip))
+    return tuple(dream_plan(job, checkpoint, "flow").order())
+
+
+__all__ = ["Images", "Material", "Refused", "Replay", "gather", "images_digest", "images_of"]

@@ -1,0 +1,218 @@
+"""Replay: the original paints pictures, and what it passes through are the training pairs.
+
+Every step of the sampler asks the network at a state x_t, with the prompt and without. Both answers
+are kept, in the well-conditioned form that any objective's target can be made from:
+
+    x = (1 - t) x0 + t eps        u = eps - x0        (t: flow time of the state's noise level)
+    x0 = x - t u                  eps = x + (1 - t) u
+
+Time grids are jittered, so that a hundred pictures cover every noise level (docs/theory.md). A shard
+holds a batch of pictures and is committed whole; the same command goes on at the first missing one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recast.checkpoint import Checkpoint, write_dict
+from recast.commit import lock
+from recast.errors import RecastError, Refused
+from recast.events import Event, Note, Stage, Tick
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recast.model import Model
+
+DIGEST_KEY = "recast.dream"
+POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 1 of 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to dream of, and how. `jitter` is in grid steps; `size` in pixels, None the model's own."""
+
+    prompts: tuple[str, ...]
+    pictures: int = 100
+    steps: int = 25
+    guidance: float = 3.0
+    jitter: float = 1.0
+    seed: int = 0
+    size: int | None = None
+    objective: str = "flow"
+    negative: str = field(default="", kw_only=True)
+
+    def digest(self, model_sha256: str) -> str:
+        """Names the pairs: the plan and the model that dreamt."""
+        text = json.dumps({"model": model_sha256, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def order(self) -> list[str]:
+        """A prompt for every picture: the list over and over, shuffled anew each time."""
+        import random
+
+        chosen: list[str] = []
+        rounds = 0
+        while len(chosen) < self.pictures:
+            batch = list(self.prompts)
+            random.Random(f"{self.seed}/{rounds}").shuffle(batch)
+            chosen += batch
+            rounds += 1
+        return chosen[: self.pictures]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A batch of pictures' states: x, u and u without prompt are (S, B, C, h, w), t is (S,)."""
+
+    prompts: tuple[str, ...]
+    t: Tensor
+    x: Tensor
+    u: Tensor
+    u_null: Tensor
+
+
+def prompts_for(file: Path | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The user's prompts, else the list that ships with Recast, or the pocket world's captions.
+
+    Those that its checkpoints never saw are left out: they are there to be asked for afterwards.
+    """
+    from recast.sample.prompts import parse_prompts, read_prompts
+
+    if file is not None:
+        return tuple(prompt.text for prompt in read_prompts(file))
+    if checkpoint.metadata.get("recast.world") == "pocket":
+        from recast.pocket.world import caption, scenes
+
+        return tuple(caption(scene) for scene in scenes(held=False))
+    text = (files("recast") / "prompts" / "real.txt").read_text(encoding="utf-8")
+    return tuple(prompt.text for prompt in parse_prompts(text.splitlines(), "real.txt"))
+
+
+def dream(
+    model: Model, folder: Path, plan: Plan, *, stopped: Callable[[], int] = lambda: 0
+) -> Iterator[Event]:
+    """Write the plan's shards into `folder`, those that are missing; yields progress.
+
+    Raises Refused if the folder holds the dreams of another plan or model.
+    """
+    latent = model.latent_shape(_square(plan.size))
+    batch = max(1, POSITIONS // (latent[1] * latent[2]))
+    digest = plan.digest(model.checkpoint.sha256())
+    prompts = plan.order()
+    starts = list(range(0, plan.pictures, batch))
+    nbytes = 6 * plan.steps * latent[0] * latent[1] * latent[2]
+    with lock(folder):
+        yield Note(
+            f"Dreaming {plan.pictures} pictures; their pairs take {nbytes * plan.pictures / 1e6:.1f} MB."
+        )
+        yield Stage("dream", plan.pictures, "pictures", 0)
+        for number, first in enumerate(starts):
+            path = shard_path(folder, number)
+            texts = prompts[first : first + batch]
+            if not _present(path, digest):
+                if stopped():
+                    return
+                shard = _dream_batch(model, plan, texts, first)
+                write_dict(
+                    path,
+                    {"t": shard.t, "u": shard.u, "u_null": shard.u_null, "x": shard.x},
+                    {DIGEST_KEY: digest, "recast.prompts": json.dumps(texts, ensure_ascii=False)},
+                    force=True,
+                )
+            yield Tick(min(first + batch, plan.pictures))
+
+
+def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> Shard:
+    """Sample one batch along a jittered grid and keep what the network was asked and said."""
+    import torch
+
+    from recast.objective import FLOW, OBJECTIVES, express, levels
+    from recast.sample.images import sample_latents
+
+    objective = OBJECTIVES[plan.objective]
+    size = _square(plan.size)
+    shape = model.latent_shape(size)
+    noise = [
+        torch.Generator().manual_seed((plan.seed << 32) + first + k) for k in range(len(texts))
+    ]
+    eps = torch.stack([torch.randn(shape, generator=each) for each in noise])
+    times = jittered(plan, objective.path, first)
+    condition = model.condition([*texts, *[plan.negative] * len(texts)], size=size)
+    net = express(model.net(condition), model.objective, objective)
+    kept: list[tuple[Tensor, ...]] = []
+    start = eps.to(model.device)
+    for step in sample_latents(net, objective, start, times, scale=plan.guidance, paired=True):
+        met = step.met[0]
+        alpha, sigma = levels(objective.path, met.t, met.x)
+        pairs = [one[1] - one[0] for one in (met.positive, met.negative) if one is not None]
+        flow_time = FLOW.path.time(alpha.flatten(), sigma.flatten())
+        kept.append(
+            (flow_time[0].cpu(), (met.x / (alpha + sigma)).cpu(), *(u.cpu() for u in pairs))
+        )
+    t, x, u, u_null = (torch.stack(column) for column in zip(*kept, strict=True))
+    half = torch.float16
+    return Shard(tuple(texts), t.float(), x.to(half), u.to(half), u_null.to(half))
+
+
+def jittered(plan: Plan, path: object, first: int) -> Tensor:
+    """The sampling grid with every inner time moved within its neighbourhood; ends stay."""
+    import torch
+
+    from recast.timesteps import grid
+
+    times = grid(path, plan.steps)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed((plan.seed << 32) + (1 << 31) + first)
+    gaps = torch.minimum(times[:-2] - times[1:-1], times[1:-1] - times[2:])
+    moves = torch.rand(len(gaps), generator=generator, dtype=torch.float64) - 0.5
+    times[1:-1] += 0.98 * plan.jitter * moves * gaps
+    return times
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"pairs-{number:05d}.safetensors"
+
+
+def read_shards(folder: Path, plan: Plan, model_sha256: str) -> list[Shard]:
+    """Every shard of a finished dream, in memory.
+
+    Raises Refused if one is missing or of another plan.
+    """
+    digest = plan.digest(model_sha256)
+    found: list[Shard] = []
+    count = 0
+    while count < plan.pictures:
+        path = shard_path(folder, len(found))
+        if not _present(path, digest):
+            raise Refused(f"{path} is missing or of another plan: run recast dream again.")
+        with Checkpoint(path) as file:
+            texts = tuple(json.loads(file.metadata["recast.prompts"]))
+            found.append(Shard(texts, *(file[key] for key in ("t", "x", "u", "u_null"))))
+        count += len(texts)
+    return found
+
+
+def _present(path: Path, digest: str) -> bool:
+    """Whether a shard is there and whole; a shard of another plan is refused, not overwritten."""
+    if not path.exists():
+        return False
+    try:
+        with Checkpoint(path) as file:
+            theirs = file.metadata.get(DIGEST_KEY)
+    except RecastError:
+        return False
+    if theirs != digest:
+        raise Refused(
+            f"{path} was dreamt by another model or plan: give another folder, or remove this one."
+        )
+    return True
+
+
+def _square(size: int | None) -> tuple[int, int] | None:
+    return None if size is None else (size, size)
