@@ -12,7 +12,7 @@ from recast.pocket.world import Scene, scenes
 VAE_GATE = {"shape": 0.98}
 SEEN_GATE = {"shape": 0.97, "all": 0.95}
 HELD_GATE = {"shape": 0.93}
-COUNT = 480
+COUNT = 400
 
 Figures = Mapping[str, float]
 

@@ -54,8 +54,8 @@ VAE = VaeRun(seed=2, steps=6500, rate=2e-3)
 DECODER = VaeRun(seed=3, steps=1700, rate=8e-4)
 LATENTS = LatentsRun(seed=4, renders=5)
 RUNS = {
-    "pocket-xl": TeacherRun(seed=5, steps=7000),
-    "pocket-15": TeacherRun(seed=6, steps=4600),
+    "pocket-xl": TeacherRun(seed=5, steps=6500),
+    "pocket-15": TeacherRun(seed=6, steps=3900),
 }
 GATE = GateRun(seed=7)
 GLANCE = GateRun(seed=8, count=64)
