@@ -113,7 +113,8 @@ while code == DEAD:
     path.write_bytes(old)
     if not os.fork():
         module.os = Faults(n, None)
-        module.commit(path, lambda file: [file.write(new[:9]), file.write(new[9:])], size=1, force=True)
+        pieces = lambda file: [file.write(new[:9]), file.write(new[9:])]
+        module.commit(path, pieces, size=1, force=True)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.wait()[1])
     print(code, {old: "old", new: "new"}.get(path.read_bytes(), "torn"))

@@ -57,9 +57,16 @@ def lines(facts: Mapping[str, Any], indent: int = 0) -> list[str]:
             continue
         if isinstance(value, Mapping):
             found += [f"{pad}{name}", *lines(value, indent + 2)]
+        elif isinstance(value, list | tuple) and isinstance(value[0], Mapping):
+            found += [f"{pad}{name}"]
+            for item in value:
+                found += [f"{pad}  " + "  ".join(str(v) for v in item.values() if v)]
         elif isinstance(value, list | tuple):
-            found += [f"{pad}{name:<16} {item}" for item in value[:1]]
-            found += [f"{pad}{'':<16} {item}" for item in value[1:]]
+            found.append(f"{pad}{name:<16} {', '.join(map(str, value))}")
+        elif "\n" in str(value):
+            found.append(
+                f"{pad}{name:<16} {len(str(value).splitlines())} lines (--json shows them)"
+            )
         else:
             shown = (
                 f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

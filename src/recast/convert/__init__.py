@@ -22,8 +22,8 @@ from recast.recipe import Recipe, dump_toml
 
 if TYPE_CHECKING:
     from recast.adapter import Adapter
+    from recast.layout import Site
     from recast.model import Model
-    from recast.objective import Objective
 
 OUTPUTS = (
     "model.safetensors",
@@ -148,7 +148,8 @@ def train_stage(
         )
     finally:
         attached.detach()
-    write_adapter(folder.path("adapter.safetensors"), trained, metadata=folder.stamp(), force=True)
+    about = {**folder.stamp(), "recast.objective": objective}
+    write_adapter(folder.path("adapter.safetensors"), trained, metadata=about, force=True)
 
 
 def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
@@ -160,14 +161,25 @@ def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
     return open_model(job.model, dtype=dtype, device=job.device, parts=parts, objective=source)
 
 
-def start(checkpoint: Checkpoint, model: Model, recipe: Recipe) -> tuple[Adapter, list]:
-    """The adapter before training: principal factors of the profile's layers, or zero changes."""
+def start(
+    checkpoint: Checkpoint, folder: Folder, model: Model, recipe: Recipe
+) -> tuple[Adapter, list[Site]]:
+    """The adapter before training, and its sites: principal factors, or zero changes.
+
+    Factors are written to `initial.safetensors` and from then on read from there: a resumed run
+    must start from the very bytes it started from.
+    """
+    from recast.adapter import read_adapter, write_adapter
     from recast.adapter.decompose import decompose, zeros_full
 
     sites = model.layout.sites(recipe.train.profile)
-    if recipe.train.rank:
-        return decompose(checkpoint, sites, recipe.train.rank), sites
-    return zeros_full(checkpoint, sites), sites
+    if not recipe.train.rank:
+        return zeros_full(checkpoint, sites), sites
+    path = folder.path("initial.safetensors")
+    if not folder.has(path.name):
+        found = decompose(checkpoint, sites, recipe.train.rank)
+        write_adapter(path, found, metadata=folder.stamp(), force=True)
+    return read_adapter(path), sites
 
 
 def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str) -> Iterator[Event]:

@@ -44,6 +44,11 @@ def open_model(
         raise Refused(
             f"{dtype} is no precision to run a model in: choose float32, float16, bfloat16."
         )
+    if checkpoint.metadata.get("recast.role") == "residual":
+        raise Refused(
+            f"{checkpoint.path} is a residual, without the principal parts that its adapter holds: "
+            "give the original checkpoint."
+        )
     layout = detect(checkpoint)
     chosen = OBJECTIVES[stated_objective(checkpoint, objective)]
     device = torch.device(device)
