@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from recast.commit import commit
+from recast.commit import CLOEXEC, commit
 from recast.errors import Refused
 from recast.header import (
     DTYPES,
@@ -172,7 +172,7 @@ def _open(path: Path) -> int:
             )
         raise Refused(f"{path} is a folder: give a .safetensors file.")
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDONLY | CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
         raise Refused(f"{path} does not exist: check the path.") from error
     except (OSError, ValueError) as error:

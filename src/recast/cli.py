@@ -8,8 +8,9 @@ import sys
 import typer
 
 from recast import __version__, cli_files, cli_run
+from recast.commit import FULL
 from recast.console import ERR
-from recast.errors import RecastError
+from recast.errors import NoRoom, RecastError
 
 app = typer.Typer(
     name="recast",
@@ -47,15 +48,36 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:] if arguments is None else arguments
+    given = [word for word in arguments if word != "--debug"]  # it may stand anywhere
     try:
-        app(args=arguments)
-    except RecastError as error:
-        if "--debug" in arguments:
-            raise
-        ERR.print(f"recast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(error.code)
+        app(args=given)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if len(given) < len(arguments):
+            raise
+        code, sentence = told(error)
+        ERR.print(f"recast: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(code)
+
+
+def told(error: Exception) -> tuple[int, str]:
+    """An error's exit code and what the user is told of it."""
+    if isinstance(error, RecastError):
+        return error.code, str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = error.filename or "the disk"
+        return NoRoom.code, f"{place} is full: make room there; the same command goes on."
+    # torch is here already if it has run out of memory; importing it would be slow
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return NoRoom.code, (
+            "the memory of the device is too small: lower train.batch (and raise "
+            "train.accumulate), or set train.precision to bf16, in the recipe."
+        )
+    return 1, (
+        f"unexpected {type(error).__name__}: {error} (a bug in Recast, or damage on this machine; "
+        "--debug shows where)."
+    )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def sample(
 
     Example: recast sample pocket-xl --prompt "a big red star on dots at left" --out pictures
     """
+    from recast.layout.names import PART_NAMES
     from recast.model import open_model
     from recast.painting import Order, paint
 
@@ -68,7 +69,10 @@ def sample(
         prompts=tuple(prompt or ()), file=prompts, negative=negative, seed=seed, steps=steps,
         sampler=sampler, scale=cfg, shift=shift, objective=as_, size=size,
     )  # fmt: skip
-    opened = open_model(model_path(model), device=device_of(device), objective=source)
+    order.paths(out, force=force)  # refused before the model is read
+    opened = open_model(
+        model_path(model), device=device_of(device), parts=PART_NAMES, objective=source
+    )
     written: list[Path] = []
     console.follow(paint(opened, out, order, written, force=force))
     if json:
@@ -143,8 +147,8 @@ def rebuild(
 ) -> None:
     """Write the original plus what training changed: W + (T - T0), rounded once.
 
-    Example: recast rebuild model.safetensors --initial initial.safetensors --trained adapter.safetensors
-    --out trained.safetensors
+    Example: recast rebuild model.safetensors --initial initial.safetensors
+    --trained adapter.safetensors --out trained.safetensors
     """
     from recast.adapter import read_adapter
     from recast.adapter.rebuild import write_rebuilt

@@ -22,7 +22,7 @@ from recast.cli_common import (
     device_of,
     model_path,
 )
-
+from recast.errors import Refused
 from recast.show import say, show, show_file
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def train(
 
     job = Job(
         model_path(model), out, _recipe(recipe, None, steps, seed, rank=rank), images=images,
-        source=source, device=device_of(device), skip_broken=skip_broken, force=force, measure=False,
+        source=source, device=device_of(device), skip_broken=skip_broken, force=force,
+        measure=False,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
@@ -122,15 +123,22 @@ def dream(
 
     Example: recast dream pocket-xl --pictures 20 --out runs/dreams
     """
-    from recast.dream import Plan
+    from recast.checkpoint import Checkpoint
+    from recast.dream import Plan, prompts_for
     from recast.dream import dream as dream_pairs
-    from recast.dream import prompts_for
     from recast.model import open_model
+    from recast.objective import OBJECTIVES
 
-    opened = open_model(model_path(model), device=device_of(device), objective=source)
+    if to not in OBJECTIVES:
+        raise Refused(f"no objective {to!r}: --to takes one of {', '.join(OBJECTIVES)}.")
+    with Checkpoint(model_path(model)) as file:
+        texts = prompts_for(prompts, file)
+    opened = open_model(
+        model_path(model), device=device_of(device), parts=("unet", "te1", "te2"), objective=source
+    )
     plan = Plan(
-        pictures=pictures, steps=steps, guidance=cfg, seed=seed, size=size, objective=to,
-        prompts=prompts_for(prompts, opened.checkpoint),
+        prompts=texts, pictures=pictures, steps=steps, guidance=cfg, seed=seed, size=size,
+        objective=to,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(dream_pairs(opened, out, plan, stopped=stopped))

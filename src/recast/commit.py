@@ -11,7 +11,6 @@ A temporary file is held by an flock while its owner lives; `sweep` removes thos
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -19,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +26,30 @@ from typing import Any, BinaryIO, cast
 
 from recast.errors import NoRoom, Refused
 
+if sys.platform == "win32":
+    import msvcrt
+
+    def _hold(fd: int) -> None:
+        """Take the file's lock; raises OSError if another process has it."""
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _hold(fd: int) -> None:
+        """Take the file's lock; raises OSError if another process has it."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-\d+\.recast-tmp")
 MANIFEST = "manifest.json"
 SPARE = 1.05  # of the announced size must be free: file systems need room for their own books
 CHUNK = 1 << 24
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+FORBIDDEN = (
+    errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows has no such flag, and needs none
 _counter = itertools.count()
 
 
@@ -159,12 +177,13 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold folder/.lock; raises Refused, naming the process that holds it already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with _named_errors(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            _hold(fd)
+        except (BlockingIOError, PermissionError) as error:
             owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
             raise Refused(
                 f"{folder} is in use by process {owner}: wait for it to end, or work in "
@@ -214,9 +233,9 @@ def valid_folder(path: Path | str) -> bool:
 
 def _create(path: Path) -> tuple[Path, int]:
     temporary = _temporary(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOEXEC
     fd = os.open(temporary, flags, 0o666)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _hold(fd)
     return temporary, fd
 
 
@@ -259,7 +278,7 @@ def _fact(path: Path) -> dict[str, object]:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -283,11 +302,11 @@ def _alive(pid: int) -> bool:
 def _abandoned(path: Path) -> bool:
     """Whether nobody holds the lock of a temporary file (its pid may be of another container)."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _hold(fd)
     except OSError:
         return False
     finally:
@@ -302,7 +321,7 @@ def _named_errors(path: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            free = shutil.disk_usage(_standing(path)).free
+            free = shutil.disk_usage(standing(path)).free
             need = f"{size:,} bytes are needed and {free:,}" if size else f"{free:,} bytes"
             raise NoRoom(
                 f"{path} could not be written, {need} are free: make room there, or "
@@ -316,6 +335,6 @@ def _named_errors(path: Path, size: int) -> Iterator[None]:
         raise
 
 
-def _standing(path: Path) -> Path:
-    """The nearest folder above path that exists."""
-    return next(folder for folder in path.absolute().parents if folder.exists())
+def standing(path: Path) -> Path:
+    """The nearest folder that exists, path itself or one above it."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())

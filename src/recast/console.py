@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -128,7 +129,8 @@ def stoppable() -> Iterator[Callable[[], int]]:
         if asked:
             raise SystemExit(128 + number)
         asked = number
-        print("stopping after this step (again to leave at once)", file=sys.stderr)
+        # not through sys.stderr, which the main program may be in the middle of
+        os.write(2, b"stopping after this step (again to leave at once)\n")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in numbers}

@@ -6,8 +6,9 @@ are kept, in the well-conditioned form that any objective's target can be made f
     x = (1 - t) x0 + t eps        u = eps - x0        (t: flow time of the state's noise level)
     x0 = x - t u                  eps = x + (1 - t) u
 
-Time grids are jittered, so that a hundred pictures cover every noise level (docs/theory.md). A shard
-holds a batch of pictures and is committed whole; the same command goes on at the first missing one.
+Time grids are jittered, so that a hundred pictures cover every noise level (docs/theory.md). A
+shard holds a batch of pictures and is committed whole; the same command goes on at the first
+missing one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.checkpoint import Checkpoint, write_dict
-from recast.commit import lock
+from recast.commit import lock, require_room, standing
 from recast.errors import RecastError, Refused
 from recast.events import Event, Note, Stage, Tick
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recast.model import Model
+    from recast.objective import Path as Levels
 
 DIGEST_KEY = "recast.dream"
 POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 1 of 1024
@@ -36,7 +38,7 @@ POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to dream of, and how. `jitter` is in grid steps; `size` in pixels, None the model's own."""
+    """What to dream of, and how; `jitter` in grid steps, `size` in pixels, None the model's own."""
 
     prompts: tuple[str, ...]
     pictures: int = 100
@@ -108,10 +110,10 @@ def dream(
     prompts = plan.order()
     starts = list(range(0, plan.pictures, batch))
     nbytes = 6 * plan.steps * latent[0] * latent[1] * latent[2]
+    require_room(standing(folder), nbytes * plan.pictures)
     with lock(folder):
-        yield Note(
-            f"Dreaming {plan.pictures} pictures; their pairs take {nbytes * plan.pictures / 1e6:.1f} MB."
-        )
+        room = nbytes * plan.pictures / 1e6
+        yield Note(f"Dreaming {plan.pictures} pictures; their pairs take {room:.1f} MB.")
         yield Stage("dream", plan.pictures, "pictures", 0)
         for number, first in enumerate(starts):
             path = shard_path(folder, number)
@@ -161,13 +163,13 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
     return Shard(tuple(texts), t.float(), x.to(half), u.to(half), u_null.to(half))
 
 
-def jittered(plan: Plan, path: object, first: int) -> Tensor:
+def jittered(plan: Plan, path: Levels, first: int) -> Tensor:
     """The sampling grid with every inner time moved within its neighbourhood; ends stay."""
     import torch
 
     from recast.timesteps import grid
 
-    times = grid(path, plan.steps)  # type: ignore[arg-type]
+    times = grid(path, plan.steps)
     generator = torch.Generator().manual_seed((plan.seed << 32) + (1 << 31) + first)
     gaps = torch.minimum(times[:-2] - times[1:-1], times[1:-1] - times[2:])
     moves = torch.rand(len(gaps), generator=generator, dtype=torch.float64) - 0.5

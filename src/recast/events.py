@@ -1,4 +1,4 @@
-"""What a long run tells its caller while it works: loops yield these, only the command line prints."""
+"""What a long run tells its caller: loops yield these, and only the command line prints them."""
 
 from __future__ import annotations
 

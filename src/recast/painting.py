@@ -35,13 +35,42 @@ class Order:
     size: str | None = None
 
     def lines(self) -> list[Prompt]:
-        """The prompts given and those of the file, in this order."""
+        """The prompts given and those of the file, in this order.
+
+        Raises Refused for unknown samplers, objectives, sizes and shifts, here or on a line.
+        """
+        from recast.objective import OBJECTIVES
         from recast.sample.prompts import Prompt, read_prompts
+        from recast.sample.solvers import find_solver
 
         found = [Prompt(text) for text in self.prompts]
         found += read_prompts(self.file) if self.file else []
         if not found:
             raise Refused("there is nothing to paint: give --prompt TEXT or --prompts FILE.")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise Refused(
+                f"no objective {self.objective!r}: --as takes one of {', '.join(OBJECTIVES)}."
+            )
+        pixels(self.size)
+        for number, prompt in enumerate(found, 1):
+            find_solver(prompt.solver or self.sampler)
+            shift = self.shift if prompt.shift is None else prompt.shift
+            steps = self.steps if prompt.steps is None else prompt.steps
+            sides = prompt.size or (8, 8)
+            if not shift > 0 or steps < 1 or min(sides) < 8 or any(side % 8 for side in sides):
+                raise Refused(
+                    f"prompt {number}: shift {shift:g}, {steps} steps, {sides[1]}x{sides[0]} "
+                    "pixels: give a shift above 0, 1 step or more, sides that are multiples of 8."
+                )
+        return found
+
+    def paths(self, out: Path, *, force: bool) -> list[Path]:
+        """A file for every picture; raises Refused where one exists, or `out` is no folder."""
+        if out.exists() and not out.is_dir():
+            raise Refused(f"--out {out} is a file: name a folder.")
+        found = [out / f"{i:05d}-{slug(each.text)}.png" for i, each in enumerate(self.lines())]
+        if taken := [path for path in found if path.exists() and not force]:
+            raise Refused(f"{taken[0]} exists: give another --out, or --force to replace it.")
         return found
 
 
@@ -50,22 +79,12 @@ def paint(
 ) -> Iterator[Event]:
     """Paint the order into `out`, one PNG a prompt, appending their paths to `written`.
 
-    Raises Refused, before any picture is made, for unknown names and files that exist.
+    Raises Refused, before any picture is made, as `Order.lines` and `Order.paths` do.
     """
     from recast.objective import OBJECTIVES
     from recast.sample.images import sample_prompts
-    from recast.sample.solvers import find_solver
 
-    prompts = order.lines()
-    find_solver(order.sampler)
-    if order.objective is not None and order.objective not in OBJECTIVES:
-        raise Refused(
-            f"no objective {order.objective!r}: --as takes one of {', '.join(OBJECTIVES)}."
-        )
-    paths = [out / f"{i:05d}-{slug(prompt.text)}.png" for i, prompt in enumerate(prompts)]
-    taken = [path for path in paths if path.exists()]
-    if taken and not force:
-        raise Refused(f"{taken[0]} exists: give another --out, or --force to replace it.")
+    prompts, paths = order.lines(), order.paths(out, force=force)
     yield Stage("sample", len(prompts), "pictures")
     pictures = sample_prompts(
         model, prompts, seed=order.seed, negative=order.negative, steps=order.steps,

@@ -7,21 +7,20 @@ Every artefact carries the run's digest, so the same command goes on at the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
-from recast.convert.folder import Folder, claim
-from recast.errors import Refused
-from recast.events import Event, Note
-from recast.markers import read_objective
+from recast.convert.folder import Folder, Stopped, check_claim, claim
+from recast.events import Event, Note, Stage, Tick
 from recast.recipe import Recipe, dump_toml
 
 if TYPE_CHECKING:
     from recast.adapter import Adapter
+    from recast.data.folder import Example
     from recast.layout import Site
     from recast.model import Model
 
@@ -53,58 +52,65 @@ class Job:
 def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     """Do the job, or what is missing of it; yields progress.
 
-    Raises Refused for bad input before anything is written, Diverged when training is lost.
+    Raises Refused for bad input and NoRoom before anything is written, Diverged when training is
+    lost, Stopped once `stopped` returns a signal.
     """
     with Checkpoint(job.model) as checkpoint:
-        source, objective = objectives(checkpoint, job)
-        identity = identify(checkpoint, job, source, objective)
+        source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):
             folder = claim(job.out, identity, outputs=OUTPUTS, force=job.force)
             write_recipe(folder, job.recipe)
             yield from train_stage(checkpoint, folder, job, source, objective, stopped)
             yield from file_stage(checkpoint, folder, job, objective)
-            if job.measure:
-                from recast.convert.measure import measure
+            if not job.measure:
+                return
+            from recast.convert.measure import measure
 
-                yield from measure(checkpoint, folder, job, source, objective)
-
-
-def objectives(checkpoint: Checkpoint, job: Job) -> tuple[str, str]:
-    """(what the model predicts, what it shall predict), refused where the file contradicts itself."""
-    from recast.objective import OBJECTIVES
-
-    evidence = read_objective(checkpoint.specs, checkpoint.metadata)
-    if job.source is not None and job.source not in OBJECTIVES:
-        raise Refused(
-            f"no objective {job.source!r}: --source takes one of {', '.join(OBJECTIVES)}."
-        )
-    if job.source is None and (evidence.contradictions or evidence.objective is None):
-        reasons = "; ".join(evidence.contradictions or evidence.reasons)
-        raise Refused(
-            f"{checkpoint.path} does not say what it predicts ({reasons}): give --source."
-        )
-    source = job.source or str(evidence.objective)
-    wanted = job.recipe.target.objective
-    objective = source if wanted == "same" else wanted
-    if job.measure and objective == source and wanted != "same":
-        raise Refused(f"{checkpoint.path} predicts {source} already: there is nothing to convert.")
-    return source, objective
+            for event in measure(checkpoint, folder, job, source, objective):
+                yield event
+                if signal := stopped():
+                    raise Stopped(
+                        signal, "stopped while measuring; the same command measures anew."
+                    )
 
 
-def identify(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> dict[str, object]:
-    """What names this run: the model, the images, the recipe."""
-    from recast.convert.material import images_digest, images_of
+def prepare(
+    checkpoint: Checkpoint, job: Job
+) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
+    """Check everything that can be, writing nothing; returns source, target and identity."""
+    from recast.convert import checks
+    from recast.convert.material import examples_of, images_of, skips_broken
 
+    checks.check_out(job.out)
+    layout = checks.check_model(checkpoint, job.recipe)
+    source, objective = checks.objectives(checkpoint, job)
+    checks.check_recipe(job, checkpoint)
     images = images_of(job)
+    found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
+    identity = identify(checkpoint, job, source, objective, found)
+    resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
+    if not resumes:
+        checks.check_room(checkpoint, layout, job)
+        if found:
+            yield from checks.check_images(found, skip_broken=skips_broken(job))
+    return source, objective, identity
+
+
+def identify(
+    checkpoint: Checkpoint, job: Job, source: str, objective: str, found: tuple[Example, ...]
+) -> dict[str, object]:
+    """What names this run: the model, the images, the recipe."""
+    from recast.convert.material import dream_plan, images_digest
+
+    dreamt = "" if found else f"dreamt {dream_plan(job, checkpoint, objective).digest('')}"
     recipe = job.recipe.model_dump(exclude={"about"})
-    recipe["train"].pop(
-        "checkpoint_every"
-    )  # saving more or less often changes no byte of the result
+    # saving more or less often changes no byte of the result
+    recipe["train"].pop("checkpoint_every")
     return {
         "model": checkpoint.sha256(),
         "source": source,
         "objective": objective,
-        "images": images_digest(images, skip_broken=job.skip_broken) if images else "dreamt",
+        "images": dreamt or images_digest(found),
         "recipe": recipe,
     }
 
@@ -136,11 +142,7 @@ def train_stage(
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
     model = open_part(job, source, ("unet",))
-    initial, sites = start(checkpoint, model, job.recipe)
-    if initial.rank is not None and not folder.has("initial.safetensors"):
-        write_adapter(
-            folder.path("initial.safetensors"), initial, metadata=folder.stamp(), force=True
-        )
+    initial, sites = start(checkpoint, folder, model, job.recipe)
     attached = attach({"unet": model.unet}, initial, sites)
     try:
         trained = yield from learn(
@@ -189,7 +191,6 @@ def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str)
     from recast.adapter import read_adapter, write_adapter
     from recast.adapter.patch import patch_from
     from recast.adapter.rebuild import write_rebuilt
-    from recast.events import Stage, Tick
 
     trained = read_adapter(folder.path("adapter.safetensors"))
     initial = None

@@ -73,31 +73,42 @@ def digest_of(identity: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def claim(
+def check_claim(
     root: Path, identity: Mapping[str, object], *, outputs: tuple[str, ...], force: bool
-) -> Folder:
-    """Make `root` this run's folder, or find that it already is.
+) -> bool:
+    """Whether `root` is this run's folder already; writes nothing.
 
-    Raises Refused when it belongs to another run or holds files of the same names that no run
-    wrote; `force` drops the other run's files instead.
+    Raises Refused when it belongs to another run, or holds files of the same names that no run
+    wrote, unless `force`.
     """
-    folder = Folder(root, digest_of(identity))
     theirs = read_identity(root)
-    if theirs is not None and digest_of(theirs) != folder.digest:
-        if not force:
-            raise Refused(_difference(root, theirs, identity))
-        clear(root, outputs)
-    elif theirs is None and not force:
-        for name in outputs:
+    if theirs is None:
+        for name in () if force else outputs:
             if (root / name).exists():
                 raise Refused(
                     f"{root / name} exists and is no file of this run: "
                     "give another --out, or --force to replace it."
                 )
-    if theirs is None or digest_of(theirs) != folder.digest:
+        return False
+    same = digest_of(theirs) == digest_of(identity)
+    if not (same or force):
+        raise Refused(_difference(root, theirs, identity))
+    return same
+
+
+def claim(
+    root: Path, identity: Mapping[str, object], *, outputs: tuple[str, ...], force: bool
+) -> Folder:
+    """Make `root` this run's folder, or find that it already is.
+
+    Raises Refused as `check_claim` does; `force` drops the other run's files instead.
+    """
+    if not check_claim(root, identity, outputs=outputs, force=force):
+        if read_identity(root) is not None:
+            clear(root, outputs)
         text = json.dumps(identity, indent=2, sort_keys=True, default=str).encode()
         commit(root / IDENTITY, lambda file: file.write(text), size=len(text), force=True)
-    return folder
+    return Folder(root, digest_of(identity))
 
 
 def read_identity(root: Path) -> dict[str, object] | None:
@@ -115,11 +126,12 @@ def read_identity(root: Path) -> dict[str, object] | None:
 
 def clear(root: Path, outputs: tuple[str, ...]) -> None:
     """Remove a run's own files: the outputs it is known to write, its state and its caches."""
-    for name in (*outputs, IDENTITY, "recipe.toml", "log.jsonl"):
+    for name in (*outputs, "recipe.toml", "log.jsonl", "pictures.png"):
         (root / name).unlink(missing_ok=True)
-    for name in ("state", "cache", "pairs", "pictures"):
+    for name in ("state", "cache", "pairs", "pictures", "tb"):
         if (root / name).is_dir():
             shutil.rmtree(root / name)
+    (root / IDENTITY).unlink(missing_ok=True)  # last, so that a kill leaves the folder claimed
 
 
 def _difference(root: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:

@@ -6,17 +6,16 @@ Both hand out draws as a pure function of (seed, step), so a resumed run goes on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from recast.checkpoint import Checkpoint
 from recast.convert.folder import Folder, Stopped
 from recast.dream import Plan, Shard, dream, prompts_for, read_shards
-from recast.errors import Refused
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import FLOW, Objective, retime
 from recast.recipe import Recipe
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from recast.convert import Job
     from recast.data.cache import Dataset
     from recast.data.folder import Example
+    from recast.model import Model
     from recast.text.encode import Condition
 
 CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
@@ -126,7 +126,7 @@ def gather(
     source: str,
     objective: Objective,
     stopped: Callable[[], int],
-) -> Iterator[Event]:
+) -> Generator[Event, None, Material]:
     """Make the material, or find it made; returns it."""
     if (images := images_of(job)) is not None:
         return (yield from from_images(images, folder, job, source, objective, stopped))
@@ -140,13 +140,13 @@ def from_images(
     source: str,
     objective: Objective,
     stopped: Callable[[], int],
-) -> Iterator[Event]:
+) -> Generator[Event, None, Images]:
     """Encode a folder's images and captions into the run's cache; returns Images."""
     from recast.data.cache import Dataset, Store, prepare
     from recast.data.folder import scan
     from recast.model import open_model
 
-    on_broken = "skip" if job.skip_broken or job.recipe.data.skip_broken else "refuse"
+    on_broken: Literal["refuse", "skip"] = "skip" if skips_broken(job) else "refuse"
     found = scan(images, on_broken=on_broken)
     for problem in found.problems:
         yield Note(f"left out: {problem.what}")
@@ -178,7 +178,7 @@ def from_dreams(
     source: str,
     objective: Objective,
     stopped: Callable[[], int],
-) -> Iterator[Event]:
+) -> Generator[Event, None, Replay]:
     """Let the original dream into the run's `pairs`; returns Replay."""
     from recast.model import open_model
 
@@ -194,14 +194,14 @@ def from_dreams(
     return Replay(shards, conditions, rows, job.recipe, objective, job.device)
 
 
-def encoded(model: object, prompts: list[str], size: int | None) -> Condition:
+def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:
     """Conditions of prompts, on the CPU, encoded in small groups."""
     from recast.text.encode import cat
 
     groups = range(0, len(prompts), CONDITIONS_AT_ONCE)
     with torch.no_grad():
         found = [
-            model.condition(prompts[k : k + CONDITIONS_AT_ONCE], size=size).to("cpu")  # type: ignore[attr-defined]
+            model.condition(prompts[k : k + CONDITIONS_AT_ONCE], size=size).to("cpu")
             for k in groups
         ]
     return cat(found)
@@ -227,18 +227,24 @@ def images_of(job: Job) -> Path | None:
     return job.images or (Path(job.recipe.data.images) if job.recipe.data.images else None)
 
 
+def skips_broken(job: Job) -> bool:
+    """Whether the command line or the recipe says to leave broken images out."""
+    return job.skip_broken or job.recipe.data.skip_broken
+
+
 def examples_of(images: Path, *, skip_broken: bool) -> tuple[Example, ...]:
+    """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
     from recast.data.folder import scan
 
     return scan(images, on_broken="skip" if skip_broken else "refuse").examples
 
 
-def images_digest(images: Path, *, skip_broken: bool) -> str:
+def images_digest(examples: tuple[Example, ...]) -> str:
     """Hash of every image and caption that will be trained on."""
     from recast.data.cache import hash_file
 
     found = hashlib.sha256()
-    for example in examples_of(images, skip_broken=skip_broken):
+    for example in examples:
         line = f"{example.name}\0{example.repeats}\0{example.caption}\0{hash_file(example.path)}\n"
         found.update(line.encode())
     return found.hexdigest()[:16]
@@ -247,9 +253,6 @@ def images_digest(images: Path, *, skip_broken: bool) -> str:
 def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple[str, ...]:
     """What the training was told: the images' captions, or the prompts that were dreamt."""
     if (images := images_of(job)) is not None:
-        skip = job.skip_broken or job.recipe.data.skip_broken
-        return tuple(example.caption for example in examples_of(images, skip_broken=skip))
+        found = examples_of(images, skip_broken=skips_broken(job))
+        return tuple(example.caption for example in found)
     return tuple(dream_plan(job, checkpoint, "flow").order())
-
-
-__all__ = ["Images", "Material", "Refused", "Replay", "gather", "images_digest", "images_of"]

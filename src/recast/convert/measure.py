@@ -1,37 +1,31 @@
 """The measuring stage: the file that was written against the original it came from.
 
-    original       its own sampler                    wrapper    the original sampled as the new objective
-    converted      the new file, the new sampler      wrong      the new file, the old sampler
+    original   its own sampler                  wrapper  the original, sampled as the new objective
+    converted  the new file, the new sampler    wrong    the new file, the old sampler
 
 All from the same noise. The wrapper needs no training: its agreement is the ceiling of the measure.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from recast import __version__
 from recast.checkpoint import Checkpoint
+from recast.convert.compose import SHOWN, Test, compose, finished, hashes
 from recast.convert.folder import Folder
 from recast.convert.material import images_of, training_captions
-from recast.evaluate.agreement import agreement
-from recast.evaluate.concepts import Concepts, concepts, present, scenes
+from recast.evaluate.concepts import present, scenes
 from recast.evaluate.drift import drift
-from recast.evaluate.identity import identity
 from recast.evaluate.loading import how_to_load
-from recast.evaluate.losses import losses_by_level
-from recast.evaluate.metrics import statistics
-from recast.evaluate.pictures import shots
-from recast.evaluate.report import load_report, write_report
-from recast.evaluate.values import Drift, Figure, File, Report, Shot, measured, unmeasured
+from recast.evaluate.report import write_report
+from recast.evaluate.values import Drift
 from recast.events import Event, Note, Stage, Tick
-from recast.objective import OBJECTIVES, Objective, express
+from recast.objective import OBJECTIVES, Net, Objective, express
 from recast.sample.images import Picture, sample_images
 
 if TYPE_CHECKING:
@@ -39,26 +33,9 @@ if TYPE_CHECKING:
 
     from recast.convert import Job
     from recast.model import Model
+    from recast.text.encode import Condition
 
 UNJUDGED = 16  # pictures at most where no judge can make use of more
-SHOWN = 8  # pictures in the report
-USES = {
-    "model.safetensors": "the converted checkpoint",
-    "patch.safetensors": "the change alone; ComfyUI adds it to the original as a LoRA",
-    "adapter.safetensors": "what was trained, in full precision",
-    "initial.safetensors": "the adapter before training",
-    "report.json": "these figures for programs",
-}
-NO_JUDGE = "no judge for this model"
-
-
-@dataclass(frozen=True)
-class Test:
-    """What is painted: prompts, a seed each, and whether their concepts were in the training."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    seen: tuple[bool, ...]
 
 
 def measure(
@@ -98,10 +75,7 @@ def measure(
     howto = how_to_load(written.layout.family, objective, "model.safetensors", standard=standard)
     pictures = {name: [picture.image for picture in group] for name, group in made.items()}
     report = compose(job, folder, test, pictures, table, source, objective)
-    write_report(
-        folder.root,
-        replace(report, howto=howto, hashes=files, losses=losses(folder), files=listing(folder)),
-    )
+    write_report(folder.root, replace(report, howto=howto, hashes=files))
 
 
 def paint(model: Model, job: Job, test: Test, as_objective: Objective | None) -> Iterator[Picture]:
@@ -181,7 +155,7 @@ def measure_drift(
     latents = self_made(model, prompts, seeds, how.steps)
     attached = attach({"unet": model.unet}, trained, sites)
 
-    def original(bound: object):  # noqa: ANN202
+    def original(bound: Condition) -> Net:
         net = express(model.net(bound), old, new)
 
         def answer(x: Tensor, t: Tensor) -> Tensor:
@@ -214,126 +188,3 @@ def self_made(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps:
     for step in sample_latents(net, model.objective, eps, times):
         x = step.x
     return x
-
-
-def compose(
-    job: Job,
-    folder: Folder,
-    test: Test,
-    pictures: dict[str, list[Tensor]],
-    table: Drift,
-    source: str,
-    objective: str,
-) -> Report:
-    """Everything that was measured, as a report."""
-    worlds = scenes(test.prompts)
-    found: dict[str, Concepts] = {}
-    if worlds is not None:
-        for name, group in pictures.items():
-            some = slice(len(group))
-            found[name] = concepts(group, worlds[some], test.seen[some])
-    ceiling = agreement(pictures["original"], pictures["wrapper"]).mean
-    reached = agreement(pictures["original"], pictures["converted"]).mean
-    judged = (found["converted"].right, found["wrong"].right) if found else None
-    return Report(
-        model=job.model.name,
-        source=source,
-        target=objective,
-        psnr_same_noise_db=measured(
-            ceiling, reached, count=len(test.prompts),
-            note="original: the untrained exact wrapper, the ceiling of this measure",
-        ),
-        drift=table,
-        identity=identity(
-            pictures["original"], pictures["converted"], pictures["wrong"], judged=judged
-        ),
-        shots=picked(test, pictures),
-        statistics={name: statistics(group) for name, group in pictures.items() if group},
-        settings=job.recipe.model_dump(exclude={"about"}),
-        version=__version__,
-        command=command(job, objective),
-        **judged_figures(found),
-    )  # fmt: skip
-
-
-def judged_figures(found: dict[str, Concepts]) -> dict[str, object]:
-    """Alignment, retention, leakage and the attributes, of the original and the converted."""
-    if not found:
-        names = ("alignment", "retention", "leakage")
-        return {name: unmeasured(NO_JUDGE) for name in names}
-    old, new = found["original"], found["converted"]
-
-    def share(name: str, count: int) -> Figure:
-        if not count:
-            return unmeasured("no prompt of this kind")
-        return measured(getattr(old, name), getattr(new, name), count=count)
-
-    return {
-        "alignment": share("alignment", old.seen),
-        "retention": share("retention", old.absent),
-        "leakage": share("leakage", old.seen + old.absent),
-        "attributes": {
-            name: measured(old.attributes[name], new.attributes[name]) for name in old.attributes
-        },
-    }
-
-
-def picked(test: Test, pictures: dict[str, list[Tensor]]) -> tuple[Shot, ...]:
-    few = slice(SHOWN)
-    return shots(
-        test.prompts[few], test.seeds[few], pictures["original"][few], pictures["converted"][few],
-        pictures["wrong"],
-    )  # fmt: skip
-
-
-def command(job: Job, objective: str) -> str:
-    """The command that repeats this run."""
-    import shlex
-
-    words = ["recast", "convert", job.model.stem if _shipped(job.model) else str(job.model)]
-    words += ["--to", objective, "--out", str(job.out)]
-    words += ["--images", str(job.images)] if job.images else []
-    return shlex.join(words)
-
-
-def _shipped(path: Path) -> bool:
-    from recast import pocket
-
-    return any(path == pocket.path(name) for name in pocket.NAMES)
-
-
-def losses(folder: Folder):  # noqa: ANN201
-    """The log's losses by noise level."""
-    lines = folder.path("log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return losses_by_level((row["step"], row["losses"], row["t"]) for row in rows)
-
-
-def hashes(folder: Folder) -> dict[str, str]:
-    """Sha256 of the files that the run wrote."""
-    found = {}
-    for name in USES:
-        if name.endswith(".safetensors") and folder.has(name):
-            with Checkpoint(folder.path(name)) as file:
-                found[name] = file.sha256()
-    return found
-
-
-def finished(folder: Folder, files: dict[str, str]) -> bool:
-    """Whether there is a report of exactly these files."""
-    from recast.errors import Refused
-
-    if not (folder.path("report.html").exists() and folder.path("report.json").exists()):
-        return False
-    try:
-        return dict(load_report(folder.root).hashes) == files
-    except Refused:
-        return False
-
-
-def listing(folder: Folder) -> tuple[File, ...]:
-    """The run's files, with their sizes and uses."""
-    paths = ((name, folder.path(name)) for name in USES)
-    return tuple(
-        File(name, path.stat().st_size, USES[name]) for name, path in paths if path.exists()
-    )

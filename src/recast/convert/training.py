@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def learn(
     root: Path,
     identity: str,
     stopped: Callable[[], int],
-) -> Iterator[Event]:
+) -> Generator[Event, None, Adapter]:
     """Train until the recipe's last step, resuming from the newest whole state below `root`.
 
     Returns the trained adapter. Raises Diverged when steps stop being finite, Stopped on a signal.
@@ -102,7 +102,9 @@ def learn(
             board.add(step)
             yield Tick(step.step, step.loss)
             signal = stopped()
-            if signal or step.step % how.checkpoint_every == 0 or step.step == how.steps:
+            # what a step that was skipped leaves may be lost already: older states stay
+            due = step.step % how.checkpoint_every == 0 and not step.skipped
+            if signal or due or step.step == how.steps:
                 save(
                     root / "state", step=step.step, parameters=parameters, optimizer=optimizer,
                     ema=ema, identity={"run": identity},

@@ -1,0 +1,145 @@
+"""What can be refused before a run writes anything: the file, the recipe, the images, the room.
+
+A refusal leaves the disk as it was, so whatever is cheap to know is asked here, and whatever would
+end hours of work with a usage error too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recast.adapter import refuse_residual
+from recast.checkpoint import Checkpoint
+from recast.commit import require_room, standing
+from recast.errors import Refused
+from recast.events import Event, Stage, Tick
+from recast.layout import Layout, detect
+from recast.markers import read_objective
+from recast.objective import OBJECTIVES
+from recast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recast.convert import Job
+    from recast.data.folder import Example
+
+PARTS = ("unet", "te1", "te2", "vae")
+STATES = 3  # two that are kept and the one being written
+
+
+def objectives(checkpoint: Checkpoint, job: Job) -> tuple[str, str]:
+    """(what the model predicts, what it shall predict).
+
+    Raises Refused where the file contradicts itself, and where there is nothing to convert.
+    """
+    evidence = read_objective(checkpoint.specs, checkpoint.metadata)
+    if job.source is not None and job.source not in OBJECTIVES:
+        raise Refused(
+            f"no objective {job.source!r}: --source takes one of {', '.join(OBJECTIVES)}."
+        )
+    if job.source is None and (evidence.contradictions or evidence.objective is None):
+        reasons = "; ".join(evidence.contradictions or evidence.reasons)
+        raise Refused(
+            f"{checkpoint.path} does not say what it predicts ({reasons}): give --source."
+        )
+    source = job.source or str(evidence.objective)
+    wanted = job.recipe.target.objective
+    objective = source if wanted == "same" else wanted
+    if job.measure and objective == source and wanted != "same":
+        raise Refused(f"{checkpoint.path} predicts {source} already: there is nothing to convert.")
+    return source, objective
+
+
+def check_model(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
+    """The layout of a whole checkpoint that the recipe can work on.
+
+    Raises Refused for adapters, residuals, unknown architectures, and missing or unfit parts.
+    """
+    from recast.model.load import preferred_size, wanted
+
+    layout = detect(checkpoint)
+    refuse_residual(checkpoint)
+    wanted(checkpoint, layout, PARTS)
+    preferred_size(checkpoint, layout)
+    sites = layout.sites(recipe.train.profile)
+    if others := sorted({site.part for site in sites} - {"unet"}):
+        raise Refused(
+            f"train.profile {recipe.train.profile!r} names layers of {', '.join(others)}: "
+            "give layers of the UNet, the only part that is trained."
+        )
+    return layout
+
+
+def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
+    """Refuse what a recipe's own check cannot see: solver, optimizer arguments, prompts, sizes."""
+    import torch
+
+    from recast.convert.material import dream_plan, images_of
+    from recast.dream import prompts_for
+    from recast.optim import build
+    from recast.sample.solvers import find_solver
+
+    recipe = job.recipe
+    find_solver(recipe.evaluate.solver)
+    build(
+        recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
+        **recipe.train.optimizer_args,
+    )  # fmt: skip
+    if recipe.data.size % 8:
+        raise Refused(f"data.size is {recipe.data.size}: give a multiple of 8, or 0.")
+    if images_of(job) is None:
+        dream_plan(job, checkpoint, recipe.target.objective)
+    if job.measure and recipe.evaluate.prompts:
+        prompts_for(Path(recipe.evaluate.prompts), checkpoint)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a run folder that is a file, or in a place where nothing can be written."""
+    found = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise Refused(f"--out {out}: {found} is a file, not a folder; name another place.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise Refused(
+            f"--out {out}: {found} cannot be written to; name another place or "
+            "change its permissions."
+        )
+
+
+def check_room(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
+    """Raise NoRoom unless the result, what is trained and its states have room."""
+    rank = job.recipe.train.rank
+    trained = 0
+    for site in layout.sites(job.recipe.train.profile):
+        wide = math.prod(site.shape[1:])
+        trained += rank * (site.shape[0] + wide) if rank else site.shape[0] * wide
+    # fp32 adapter, fp16 patch; a state holds the weights and two moments
+    size = checkpoint.path.stat().st_size + trained * (4 + 2 + STATES * 3 * 4)
+    require_room(standing(job.out), size)
+
+
+def check_images(examples: tuple[Example, ...], *, skip_broken: bool) -> Iterator[Event]:
+    """Decode every picture once, so that a broken one is named before the run begins.
+
+    Where broken ones are skipped, one that can be read is enough.
+    """
+    from recast.data.images import load
+
+    yield Stage("check images", len(examples), "images")
+    for count, example in enumerate(examples, 1):
+        try:
+            load(example.path)
+        except Refused as error:
+            if not skip_broken:
+                raise Refused(
+                    f"{str(error).rstrip('.')} (mend or remove it, or give --skip-broken)."
+                ) from error
+            if count == len(examples):
+                raise Refused(f"{example.root} has no picture that can be read.") from error
+        else:
+            if skip_broken:
+                yield Tick(len(examples))
+                return
+        yield Tick(count)

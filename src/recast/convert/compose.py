@@ -1,0 +1,197 @@
+"""What was measured, put together as a report: figures, pictures, files, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recast import __version__
+from recast.checkpoint import Checkpoint
+from recast.convert.folder import Folder
+from recast.errors import Refused
+from recast.evaluate.agreement import agreement
+from recast.evaluate.concepts import Concepts, concepts, scenes
+from recast.evaluate.identity import identity
+from recast.evaluate.losses import losses_by_level
+from recast.evaluate.metrics import statistics
+from recast.evaluate.pictures import shots
+from recast.evaluate.report import load_report
+from recast.evaluate.values import (
+    Drift,
+    Figure,
+    File,
+    Losses,
+    Report,
+    Shot,
+    measured,
+    unmeasured,
+)
+from recast.recipe import load, override
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recast.convert import Job
+
+SHOWN = 8  # pictures in the report
+USES = {
+    "model.safetensors": "the converted checkpoint",
+    "patch.safetensors": "the change alone; ComfyUI adds it to the original as a LoRA",
+    "adapter.safetensors": "what was trained, in full precision",
+    "initial.safetensors": "the adapter before training",
+}
+NO_JUDGE = "no judge for this model"
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is painted: prompts, a seed each, and whether their concepts were in the training."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    seen: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The figures that need a judge."""
+
+    alignment: Figure
+    retention: Figure
+    leakage: Figure
+    attributes: dict[str, Figure]
+
+
+def compose(
+    job: Job,
+    folder: Folder,
+    test: Test,
+    pictures: dict[str, list[Tensor]],
+    table: Drift,
+    source: str,
+    objective: str,
+) -> Report:
+    """Everything that was measured, as a report."""
+    worlds = scenes(test.prompts)
+    found: dict[str, Concepts] = {}
+    if worlds is not None:
+        for name, group in pictures.items():
+            some = slice(len(group))
+            found[name] = concepts(group, worlds[some], test.seen[some])
+    judged = judge(found)
+    ceiling = agreement(pictures["original"], pictures["wrapper"]).mean
+    reached = agreement(pictures["original"], pictures["converted"]).mean
+    right = (found["converted"].right, found["wrong"].right) if found else None
+    return Report(
+        model=job.model.name,
+        source=source,
+        target=objective,
+        alignment=judged.alignment,
+        retention=judged.retention,
+        leakage=judged.leakage,
+        attributes=judged.attributes,
+        psnr_same_noise_db=measured(
+            ceiling, reached, count=len(test.prompts),
+            note="original: the untrained exact wrapper, the ceiling of this measure",
+        ),
+        drift=table,
+        identity=identity(
+            pictures["original"], pictures["converted"], pictures["wrong"], judged=right
+        ),
+        shots=picked(test, pictures),
+        statistics={name: statistics(group) for name, group in pictures.items() if group},
+        settings=job.recipe.model_dump(exclude={"about"}),
+        version=__version__,
+        command=command(job, objective),
+        losses=losses(folder),
+        files=listing(folder),
+    )  # fmt: skip
+
+
+def judge(found: dict[str, Concepts]) -> Judged:
+    """Alignment, retention, leakage and the attributes, of the original and the converted."""
+    if not found:
+        unknown = unmeasured(NO_JUDGE)
+        return Judged(unknown, unknown, unknown, {})
+    old, new = found["original"], found["converted"]
+
+    def share(name: str, count: int) -> Figure:
+        if not count:
+            return unmeasured("no prompt of this kind")
+        return measured(getattr(old, name), getattr(new, name), count=count)
+
+    return Judged(
+        share("alignment", old.seen),
+        share("retention", old.absent),
+        share("leakage", old.seen + old.absent),
+        {name: measured(old.attributes[name], new.attributes[name]) for name in old.attributes},
+    )
+
+
+def picked(test: Test, pictures: dict[str, list[Tensor]]) -> tuple[Shot, ...]:
+    """The first few pictures, as the report shows them."""
+    few = slice(SHOWN)
+    return shots(
+        test.prompts[few], test.seeds[few], pictures["original"][few], pictures["converted"][few],
+        pictures["wrong"],
+    )  # fmt: skip
+
+
+def command(job: Job, objective: str) -> str:
+    """The command that repeats this run, from the recipe that its folder holds."""
+    words = ["recast", "convert", job.model.stem if _shipped(job.model) else str(job.model)]
+    words += ["--to", objective, "--out", str(job.out)]
+    words += ["--images", str(job.images)] if job.images else []
+    words += ["--source", job.source] if job.source else []
+    if job.recipe != override(load(), objective=objective):
+        words += ["--recipe", str(job.out / "recipe.toml")]
+    return shlex.join(words)
+
+
+def _shipped(path: Path) -> bool:
+    from recast import pocket
+
+    return any(path == pocket.path(name) for name in pocket.NAMES)
+
+
+def losses(folder: Folder) -> Losses | None:
+    """The log's losses by noise level."""
+    lines = folder.path("log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return losses_by_level(
+        # JSON has no word for what is not finite, so the log holds null
+        (row["step"], [math.nan if loss is None else loss for loss in row["losses"]], row["t"])
+        for row in rows
+    )
+
+
+def hashes(folder: Folder) -> dict[str, str]:
+    """Sha256 of the files that the run wrote."""
+    found = {}
+    for name in USES:
+        if name.endswith(".safetensors") and folder.has(name):
+            with Checkpoint(folder.path(name)) as file:
+                found[name] = file.sha256()
+    return found
+
+
+def finished(folder: Folder, files: dict[str, str]) -> bool:
+    """Whether there is a report of exactly these files."""
+    if not (folder.path("report.html").exists() and folder.path("report.json").exists()):
+        return False
+    try:
+        return dict(load_report(folder.root).hashes) == files
+    except Refused:
+        return False
+
+
+def listing(folder: Folder) -> tuple[File, ...]:
+    """The run's files, with their sizes and uses."""
+    paths = ((name, folder.path(name)) for name in USES)
+    return tuple(
+        File(name, path.stat().st_size, USES[name]) for name, path in paths if path.exists()
+    )
