@@ -113,14 +113,22 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path, adapter: Adapter) ->
     assert write_adapter(tmp_path / "a", adapter) == write_adapter(tmp_path / "b", adapter)
 
 
-def test_mixed_ranks_are_padded_to_one(tmp_path: Path) -> None:
+def test_mixed_ranks_share_the_commonest_as_alpha(tmp_path: Path) -> None:
     mixed = Adapter(
-        {"x.weight": factorize(values(8, 6), 2), "y.weight": factorize(values(8, 6), 5)}
+        {
+            "x.weight": factorize(values(8, 6), 2),
+            "y.weight": factorize(values(8, 6), 5),
+            "z.weight": factorize(values(8, 6, seed=1), 5),
+        }
     )
     write_adapter(tmp_path / "a.safetensors", mixed)
+    file = load_file(tmp_path / "a.safetensors")
+    assert {file[f"{name}.alpha"].item() for name in "xyz"} == {5.0}
+    assert file["x.lora_down.weight"].shape == (2, 6)
     back = read_adapter(tmp_path / "a.safetensors")
+    assert back.metadata["ss_network_dim"] == "Dynamic"
+    assert back.metadata["ss_network_alpha"] == "5.0"
     for name, entry in mixed.entries.items():
-        assert back.entries[name].rank == 5
         torch.testing.assert_close(back.entries[name].dense(), entry.dense())
 
 
@@ -151,7 +159,8 @@ def test_norms_in_lycoris_names_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
-        (["a.lora_mid.weight"], r"a\.lora_mid\.weight"),
+        (["a.lora_mid.weight"], "does not meet"),
+        (["a.hada_w1_a"], r"a\.hada_w1_a"),
         (["a.dora_scale"], r"a\.dora_scale"),
         (["model.diffusion_model.out.2.weight"], "1 keys"),
         (["b.lora_up.weight"], "not both factors"),

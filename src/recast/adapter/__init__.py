@@ -2,7 +2,9 @@
 
 from recast.adapter.attach import Attached, attach
 from recast.adapter.decompose import decompose, zeros_full
-from recast.adapter.file import Adapter, read_adapter, write_adapter
+from recast.adapter.export import export
+from recast.adapter.file import Adapter, write_adapter
+from recast.adapter.formats import read_adapter
 from recast.adapter.patch import apply_patch, patch_from
 from recast.adapter.places import entry_name, refuse_residual
 from recast.adapter.rebuild import rebuild, write_rebuilt
@@ -19,6 +21,7 @@ __all__ = [
     "attach",
     "decompose",
     "entry_name",
+    "export",
     "patch_from",
     "read_adapter",
     "rebuild",

@@ -2,23 +2,22 @@
 
     lora_unet_<module>.lora_up.weight      (O, r) or (O, r, 1, 1)
     lora_unet_<module>.lora_down.weight    (r, I) or (r, I, kh, kw)
-    lora_unet_<module>.alpha               () fp32, equal to r everywhere, so that the scale is 1
+    lora_unet_<module>.alpha               () fp32, the same number everywhere
     lora_unet_<module>.diff, .diff_b       full change of a weight, of a bias
 
-One rank and one alpha per file (short layers are zero-padded): diffusers gives a layer the alpha of
-the majority where several occur. Who reads what: every loader reads the low-rank part; ComfyUI and
-the A1111 family also read `.diff` and `.diff_b`, of norms too (ComfyUI maps every `.weight` of the
-UNet); LyCORIS reads them for linear and convolution layers, and for norms only as `w_norm`,
-`b_norm`, which are accepted here on reading; diffusers refuses a file that holds any full entry.
-
-Reading folds alpha / r into `up`, takes a missing alpha for r (as ComfyUI and diffusers do), and
-must account for every key.
+One alpha per file: diffusers gives a layer the alpha of the majority where several occur. It is the
+commonest rank, so that the scale of most layers, and of all where there is one rank, is 1; the
+others' `up` is multiplied by r / alpha, which loaders undo. Who reads what: every loader reads the
+low-rank part; ComfyUI and the A1111 family also read `.diff` and `.diff_b`, of norms too (ComfyUI
+maps every `.weight` of the UNet); LyCORIS reads them for linear and convolution layers, and for
+norms only as `w_norm`, `b_norm`; diffusers refuses a file that holds any full entry.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recast.checkpoint import Checkpoint, write
-from recast.errors import Refused
+from recast.checkpoint import write
 from recast.header import header_bytes, place
 from recast.lowrank import Full, LowRank
 
 ROLES = ("pissa-init", "pissa-trained", "delta", "full")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FULL_SUFFIXES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
-LOW_RANK_SUFFIXES = ("lora_up.weight", "lora_down.weight", "alpha")
 ARCHITECTURES = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
     "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
@@ -91,36 +87,20 @@ def write_adapter(
     """Write an adapter file and return its sha256.
 
     metadata is added to the adapter's own. The trainers' fields (`ss_*`, `sshs_*`, `modelspec.*`)
-    are made new from the content.
+    are made new from the content. A change of a text encoder's attention gets a zero `out_proj`
+    where it has none, because diffusers would drop it otherwise.
     """
-    even = _one_rank(adapter)
-    specs = adapter_specs(even, dtype)
-    tensors = dict(_tensors(even))
+    if adapter.role == "delta":
+        adapter = Adapter({**adapter.entries, **zero_out_proj(adapter.entries)}, adapter.metadata)
+    specs = adapter_specs(adapter, dtype)
+    tensors = dict(_tensors(adapter))
 
     def read(key: str) -> Tensor:
         return tensors[key].to(DTYPES[specs[key][0]])
 
-    header = file_metadata(even, metadata or {})
+    header = file_metadata(adapter, metadata or {})
     header |= kohya_hashes(specs, read, header)
     return write(path, specs, ((key, read(key)) for key in specs), header, force=force)
-
-
-def read_adapter(path: Path) -> Adapter:
-    """Read an adapter in fp32, accounting for every key of the file.
-
-    Raises Refused with the list of keys it cannot place (Tucker, DoRA and others have no meaning
-    here) and for incomplete pairs.
-    """
-    with Checkpoint(path) as file:
-        groups: dict[str, set[str]] = {}
-        for key in file.specs:
-            lora, _, suffix = key.partition(".")
-            groups.setdefault(lora, set()).add(suffix)
-        _account(path, groups)
-        entries: dict[str, LowRank | Full] = {}
-        for lora, suffixes in groups.items():
-            entries |= _read_module(file, lora, suffixes)
-        return Adapter(entries, dict(file.metadata))
 
 
 def adapter_specs(adapter: Adapter, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -147,31 +127,58 @@ def low_rank_specs(
     }
 
 
-def low_rank_tensors(lora: str, entry: LowRank) -> dict[str, Tensor]:
+def low_rank_tensors(lora: str, entry: LowRank, alpha: float) -> dict[str, Tensor]:
     """The three tensors of one low-rank entry, as low_rank_specs lists them."""
+    up = entry.up.reshape(*entry.up.shape, *(1,) * (entry.down.ndim - 2))
     return {
-        f"{lora}.lora_up.weight": entry.up.reshape(*entry.up.shape, *(1,) * (entry.down.ndim - 2)),
+        f"{lora}.lora_up.weight": up if entry.rank == alpha else up * (entry.rank / alpha),
         f"{lora}.lora_down.weight": entry.down,
-        f"{lora}.alpha": torch.tensor(float(entry.rank)),
+        f"{lora}.alpha": torch.tensor(alpha),
     }
 
 
-def file_metadata(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:
-    """Header fields of an adapter file, but for the hashes of its content."""
+def common_alpha(adapter: Adapter) -> float:
+    """The one alpha of an adapter's file: the commonest rank, of several the largest."""
+    counts = Counter(e.rank for e in adapter.entries.values() if isinstance(e, LowRank))
+    return float(max(counts, key=lambda rank: (counts[rank], rank), default=1))
+
+
+def zero_out_proj(entries: Mapping[str, LowRank | Full]) -> dict[str, LowRank | Full]:
+    """Zero changes of each `out_proj` that is missing beside a text encoder's q, k or v."""
+    found: dict[str, LowRank | Full] = {}
+    for name, entry in entries.items():
+        head, middle, _ = name.rpartition("_self_attn_")
+        out = f"{head}{middle}out_proj.weight"
+        wanted = middle and name.startswith("lora_te") and isinstance(entry, LowRank)
+        if wanted and out not in entries:
+            assert isinstance(entry, LowRank)
+            width, rank = entry.up.shape  # out_proj is square
+            found[out] = LowRank(entry.up.new_zeros(width, rank), entry.up.new_zeros(rank, width))
+    return found
+
+
+def file_metadata(
+    adapter: Adapter, extra: Mapping[str, str], alpha: float | None = None
+) -> dict[str, str]:
+    """Header fields of an adapter file, but for the hashes of its content.
+
+    alpha: the file's, where it is not the common one. Only the ranks of the entries matter.
+    """
     own = {k: v for k, v in adapter.metadata.items() if not k.startswith(("sshs_", "modelspec."))}
     own |= extra
     family = own.get("recast.family", "")
-    rank = adapter.rank
-    if rank is None:
-        shape, args = "Dynamic", {"algo": "full", "preset": "full", "train_norm": "True"}
+    ranks = {e.rank for e in adapter.entries.values() if isinstance(e, LowRank)}
+    shape = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"  # kohya's word for several
+    scale = str(common_alpha(adapter) if alpha is None else alpha)
+    if adapter.rank is None:
+        scale, args = "Dynamic", {"algo": "full", "preset": "full", "train_norm": "True"}
     else:
-        shape = str(rank)
-        args = {"algo": "locon", "preset": "full", "conv_dim": shape, "conv_alpha": shape}
-        args |= {"use_tucker": "False", "dropout": "0.0"}
+        args = {"algo": "locon", "preset": "full", "use_tucker": "False", "dropout": "0.0"}
+        args |= {"conv_dim": shape, "conv_alpha": scale}
     own |= {
         "ss_network_module": "lycoris.kohya",
         "ss_network_dim": shape,
-        "ss_network_alpha": shape if rank is None else str(float(rank)),
+        "ss_network_alpha": scale,
         "ss_network_args": json.dumps(args),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -205,66 +212,10 @@ def kohya_hashes(
 
 
 def _tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    alpha = common_alpha(adapter)
     for name, entry in adapter.entries.items():
         lora, _, param = name.rpartition(".")
         if isinstance(entry, Full):
             yield f"{lora}.{'diff' if param == 'weight' else 'diff_b'}", entry.delta
         else:
-            yield from low_rank_tensors(lora, entry).items()
-
-
-def _one_rank(adapter: Adapter) -> Adapter:
-    """Pad low-rank entries with zeros to the largest rank of the adapter."""
-    rank = adapter.rank
-    if rank is None:
-        return adapter
-    entries: dict[str, LowRank | Full] = {}
-    for name, entry in adapter.entries.items():
-        if isinstance(entry, LowRank) and entry.rank < rank:
-            up = entry.up.new_zeros(entry.up.shape[0], rank)
-            down = entry.down.new_zeros(rank, *entry.down.shape[1:])
-            up[:, : entry.rank], down[: entry.rank] = entry.up, entry.down
-            entry = LowRank(up, down)
-        entries[name] = entry
-    return Adapter(entries, adapter.metadata)
-
-
-def _account(path: Path, groups: Mapping[str, set[str]]) -> None:
-    known = {*FULL_SUFFIXES, *LOW_RANK_SUFFIXES}
-    odd = [f"{lora}.{s}" for lora, found in groups.items() for s in sorted(found - known)]
-    if odd or not groups:
-        raise Refused(
-            f"{path} has {len(odd)} keys that no adapter entry accounts for, first "
-            f"{', '.join(odd[:5]) or 'none at all'}; give a LoRA or LoCon file in kohya "
-            "names without Tucker or DoRA parts."
-        )
-    for lora, found in groups.items():
-        pair = found & set(LOW_RANK_SUFFIXES)
-        if pair and not {"lora_up.weight", "lora_down.weight"} <= pair:
-            raise Refused(
-                f"{path}: {lora} has {', '.join(sorted(pair))} but not both factors; "
-                "the file is incomplete, export it again."
-            )
-        if (pair and found & {"diff", "w_norm"}) or {"diff", "w_norm"} <= found:
-            raise Refused(
-                f"{path}: {lora} has {', '.join(sorted(found))}, of which loaders apply "
-                "only one; keep either the factors or the full difference."
-            )
-
-
-def _read_module(file: Checkpoint, lora: str, suffixes: set[str]) -> dict[str, LowRank | Full]:
-    found: dict[str, LowRank | Full] = {}
-    if "lora_up.weight" in suffixes:
-        up = file[f"{lora}.lora_up.weight"].float().flatten(1)
-        down = file[f"{lora}.lora_down.weight"].float()
-        if up.shape[1] != down.shape[0]:
-            raise Refused(
-                f"{file.path}: {lora} has factors of rank {up.shape[1]} and "
-                f"{down.shape[0]}; the file is damaged, export it again."
-            )
-        if "alpha" in suffixes:
-            up = up * (file[f"{lora}.alpha"].double().item() / down.shape[0])
-        found[f"{lora}.weight"] = LowRank(up, down)
-    for suffix in suffixes & FULL_SUFFIXES.keys():
-        found[f"{lora}.{FULL_SUFFIXES[suffix]}"] = Full(file[f"{lora}.{suffix}"].float())
-    return found
+            yield from low_rank_tensors(lora, entry, alpha).items()

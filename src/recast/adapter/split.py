@@ -141,7 +141,7 @@ class _Run:
         self.left[place.name] = weight.double().square().sum().item()
         lora = place.name.removesuffix(".weight")
         self.specs |= low_rank_specs(lora, factors.shape, self.rank, self.adapter_dtype)
-        for name, tensor in low_rank_tensors(lora, rounded).items():
+        for name, tensor in low_rank_tensors(lora, rounded, float(self.rank)).items():
             self.spooled[name] = self.spool.tell()
             self.spool.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

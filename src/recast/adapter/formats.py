@@ -1,0 +1,320 @@
+"""Read adapters of any of the four formats; `spelling` holds their names.
+
+A file is first sorted by modules, in kohya's names and its own dtypes, and every key is accounted
+for; `read_adapter` then folds each scale into its factors.
+
+    scale = alpha / r       kohya, ComfyUI: a tensor `.alpha`; missing means scale 1
+                            PEFT, diffusers: lora_alpha and alpha_pattern in the configuration
+                            (rsLoRA: alpha / sqrt(r)); a diffusers file without one means scale 1
+    Tucker: down'[i, c, y, x] = sum_j mid[i, j, y, x] down[j, c]      an ordinary pair of factors
+
+DoRA, LoHa, LoKr and OFT entries, `.set_weight` and sparse biases are refused by name: as changes of
+the original's weights they have no factors, or none without the base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recast.adapter.file import Adapter
+from recast.adapter.spelling import NETWORKS, PEFT, format_of, parse, paths, plan_of, spelt
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
+from recast.layout import Layout, Plan
+from recast.lowrank import Full, LowRank
+
+FULL_SUFFIXES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+FACTORS = {"lora_up.weight", "lora_down.weight"}
+LOW_RANK_SUFFIXES = FACTORS | {"lora_mid.weight", "alpha"}
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+METADATA = "lora_adapter_metadata"  # of diffusers: the configurations, by network, as JSON
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An adapter file sorted by modules: kohya's module name, then suffix, to tensor.
+
+    Tensors keep the file's dtype. Alphas of a configuration have become `alpha` tensors. plan is
+    the architecture that the names were looked up in, None where kohya's were taken as they are.
+    """
+
+    modules: Mapping[str, Mapping[str, Tensor]]
+    metadata: Mapping[str, str]
+    form: str
+    plan: Plan | None
+
+
+def read_adapter(path: Path, layout: Layout | None = None) -> Adapter:
+    """Read an adapter of any format in fp32, accounting for every key.
+
+    layout: of the checkpoint it is for; without one, names other than kohya's are looked up in the
+    full-size architecture that has them all. Raises Refused with the keys that cannot be placed and
+    for incomplete pairs.
+    """
+    raw = read_raw(path, layout)
+    entries: dict[str, LowRank | Full] = {}
+    for lora, tensors in raw.modules.items():
+        entries |= dict(_entries(path, lora, tensors))
+    return Adapter(entries, raw.metadata)
+
+
+def read_raw(path: Path, layout: Layout | None = None) -> Raw:
+    """Sort an adapter file, or a PEFT folder, by modules."""
+    path = Path(path)
+    plan = layout.plan if layout else None
+    found: dict[str, dict[str, Tensor]] = {}
+    metadata: dict[str, str] = {}
+    forms = []
+    for file, part in _files(path):
+        with Checkpoint(file) as source:
+            piece = _sorted(source, plan, part)
+        forms.append(piece.form)
+        metadata |= piece.metadata
+        plan = plan or piece.plan
+        for lora, tensors in piece.modules.items():
+            if lora in found:
+                raise Refused(f"{path} has {lora} twice; keep one of its files.")
+            found[lora] = dict(tensors)
+    _account(path, found)
+    return Raw(found, metadata, forms[0], plan)
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """The files of an adapter and the part each is for ("" where only its keys can say)."""
+    if not path.is_dir():
+        return [(path, "")]
+    if (path / CONFIG).exists():
+        return [(path / WEIGHTS, _part_of_folder(path.name))]
+    inside = [(path / name / WEIGHTS, part) for part, name in NETWORKS.items()]
+    inside = [(file, part) for file, part in inside if file.exists()]
+    if not inside:
+        raise Refused(
+            f"{path} holds no {CONFIG}, and no folder {', '.join(NETWORKS.values())} with one; "
+            "give a PEFT folder or a .safetensors file."
+        )
+    return inside
+
+
+def _part_of_folder(name: str) -> str:
+    return next((part for part, network in NETWORKS.items() if name == network), "")
+
+
+def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
+    """One file's tensors by kohya's module names."""
+    spots: dict[str, dict[str, str]] = {}
+    odd = []
+    for key in file.specs:
+        found = parse(key)
+        if found is None:
+            odd.append(key)
+        else:
+            spots.setdefault(found[0], {})[found[1]] = key
+    _refuse_odd(file, odd)
+    form = format_of(spots)
+    names, plan = _names(file, list(spots), spots, form, plan, part)
+    config = _config(file, form)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, keys in spots.items():
+        if names[name] in modules:
+            raise Refused(f"{file.path} names the module {names[name]} twice; keep one of them.")
+        tensors = {suffix: file[key] for suffix, key in keys.items()}
+        alpha = _alpha(config, name, tensors)
+        if alpha is not None:
+            tensors.setdefault("alpha", torch.tensor(alpha))
+        modules[names[name]] = tensors
+    metadata = {k: v for k, v in file.metadata.items() if k not in (METADATA, "format")}
+    return Raw(modules, metadata, form, plan)
+
+
+def _names(
+    file: Checkpoint,
+    heads: list[str],
+    spots: Mapping[str, Mapping[str, str]],
+    form: str,
+    plan: Plan | None,
+    part: str,
+) -> tuple[dict[str, str], Plan | None]:
+    """kohya's name of every module of a file."""
+    if form == "kohya" and plan is None:
+        strange = [name for name in heads if "." in name]
+        _refuse_odd(file, [f"{n}.{s}" for n in strange for s in spots[n]])
+        return {name: name for name in heads}, None
+    bare = {name: name.removeprefix(PEFT) if form == "peft" else name for name in heads}
+    if form == "peft":
+        part = part or file.metadata.get("recast.part", "") or _peft_part(file, bare, spots, plan)
+    if plan is None:
+        sizes = {bare[n]: (part, _size(file, keys)) for n, keys in spots.items()}
+        plan = plan_of(sizes, file.metadata, str(file.path))
+    table = paths(plan, part) if form == "peft" else spelt(plan)
+    lost = [name for name in heads if bare[name] not in table]
+    if form == "kohya":  # whose places may be refused later, with the checkpoint's own words
+        return {name: table.get(name, name) for name in heads}, plan
+    if lost:
+        raise Refused(
+            f"{len(lost)} of {len(heads)} modules of {file.path} are none of this architecture "
+            f"({plan.family}), first {', '.join(lost[:5])}; give the checkpoint it was made for."
+        )
+    return {name: table[bare[name]] for name in heads}, plan
+
+
+def _peft_part(
+    file: Checkpoint,
+    bare: Mapping[str, str],
+    spots: Mapping[str, Mapping[str, str]],
+    plan: Plan | None,
+) -> str:
+    """The network of a PEFT file that stands alone: text encoders are told apart by width."""
+    texts = [name for name in bare if ".encoder.layers." in f".{bare[name]}"]
+    if not texts:
+        return "unet"
+    widths = {768: "te1", 1280: "te2"}
+    if plan is not None:
+        widths = {text.width: part for part, text in (("te2", plan.te2), ("te1", plan.te1)) if text}
+    for name in texts:
+        found = widths.get(_size(file, spots[name])[not name.endswith("fc2")])
+        if found:
+            return found
+    raise Refused(
+        f"{file.path} does not say which text encoder it is for; put it into a folder named "
+        "text_encoder or text_encoder_2."
+    )
+
+
+def _size(file: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int]:
+    """Outer sizes (out, in) of a low-rank change; zeros for another."""
+    if not keys.keys() >= FACTORS:
+        return 0, 0
+    up, down = (file.specs[keys[k]].shape for k in ("lora_up.weight", "lora_down.weight"))
+    return up[0], down[1]
+
+
+def _config(file: Checkpoint, form: str) -> dict[str, dict[str, Any]]:
+    """Configurations by the head of the keys that they are for."""
+    if form == "peft":
+        path = file.path.parent / CONFIG
+        if not path.exists():
+            raise Refused(
+                f"{file.path} is a PEFT file and its {CONFIG}, which holds the scales, is not "
+                "beside it; copy the whole folder."
+            )
+        return {PEFT: _checked(path, _json(path, path.read_text(encoding="utf-8")))}
+    if METADATA not in file.metadata:
+        return {}
+    flat = _json(file.path, file.metadata[METADATA])
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        head, _, name = key.partition(".")
+        configs.setdefault(f"{head}.", {})[name] = value
+    return {head: _checked(file.path, config) for head, config in configs.items()}
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise Refused(
+            f"{path}: its configuration is no JSON ({error}); export it again."
+        ) from error
+    if not isinstance(found, dict):
+        raise Refused(f"{path}: its configuration is no JSON object; export it again.")
+    return found
+
+
+def _checked(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    kind = config.get("peft_type", "LORA")
+    odd = [name for name in ("use_dora", "fan_in_fan_out", "lora_bias") if config.get(name)]
+    if kind != "LORA" or odd:
+        raise Refused(
+            f"{path} is configured as {', '.join([str(kind), *odd])}, which is no plain change of "
+            "weights; export it as LoRA first."
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise Refused(f"{path} lacks r or lora_alpha in its configuration; export it again.")
+    return config
+
+
+def _alpha(
+    configs: Mapping[str, Mapping[str, Any]], name: str, tensors: Mapping[str, Tensor]
+) -> float | None:
+    """The alpha that a configuration gives a module, None where there is none."""
+    head = next((head for head in configs if name.startswith(head)), None)
+    if head is None or "lora_down.weight" not in tensors:
+        return None
+    config, path = configs[head], name.removeprefix(head).removeprefix("text_model.")
+    alpha = float(_patterned(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+    rank = tensors["lora_down.weight"].shape[0]
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _patterned(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
+    """As PEFT finds it: the first pattern that matches the end of the path."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern.removeprefix('text_model.')})$", path):
+            return value
+    return otherwise
+
+
+def _account(path: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse an empty file, half pairs and two changes of one weight."""
+    if not modules:
+        raise Refused(f"{path} has 0 keys that belong to an adapter; give a LoRA or LoCon file.")
+    for lora, tensors in modules.items():
+        found = set(tensors)
+        pair = found & LOW_RANK_SUFFIXES
+        if pair and not pair >= FACTORS:
+            raise Refused(
+                f"{path}: {lora} has {', '.join(sorted(pair))} but not both factors; "
+                "the file is incomplete, export it again."
+            )
+        if (pair and found & {"diff", "w_norm"}) or {"diff", "w_norm"} <= found:
+            raise Refused(
+                f"{path}: {lora} has {', '.join(sorted(found))}, of which loaders apply "
+                "only one; keep either the factors or the full difference."
+            )
+
+
+def _refuse_odd(file: Checkpoint, odd: list[str]) -> None:
+    if odd:
+        raise Refused(
+            f"{file.path} has {len(odd)} keys that no adapter entry accounts for, first "
+            f"{', '.join(odd[:5])}; give a LoRA or LoCon file without DoRA, LoHa, LoKr or OFT "
+            "parts."
+        )
+
+
+def _entries(
+    path: Path, lora: str, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, LowRank | Full]]:
+    if "lora_up.weight" in tensors:
+        up, down = plain_factors(path, lora, tensors)
+        up, down = up.float(), down.float()
+        if "alpha" in tensors:
+            up = up * (tensors["alpha"].double().item() / down.shape[0])
+        yield f"{lora}.weight", LowRank(up, down)
+    for suffix in tensors.keys() & FULL_SUFFIXES.keys():
+        yield f"{lora}.{FULL_SUFFIXES[suffix]}", Full(tensors[suffix].float())
+
+
+def plain_factors(path: Path, lora: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """up (O, r) and down (r, I[, kh, kw]) of a module; a Tucker core is multiplied out in fp32."""
+    up, down = tensors["lora_up.weight"].flatten(1), tensors["lora_down.weight"]
+    mid = tensors.get("lora_mid.weight")
+    if mid is not None and (mid.ndim != 4 or mid.shape[1] != down.shape[0]):
+        raise Refused(f"{path}: {lora} has a lora_mid that does not meet lora_down; export again.")
+    if mid is not None:
+        down = torch.einsum("ijyx,jc->icyx", mid.float(), down.float().flatten(1))
+    if up.shape[1] != down.shape[0]:
+        raise Refused(
+            f"{path}: {lora} has factors of rank {up.shape[1]} and "
+            f"{down.shape[0]}; the file is damaged, export it again."
+        )
+    return up, down

@@ -1,0 +1,325 @@
+"""The four formats of adapter files: round trips, other people's readers, and what is refused."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests import tiny
+from torch import Tensor, nn
+
+from recast.adapter import Adapter, attach, export, read_adapter, write_adapter
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
+from recast.layout import Layout, Site, detect
+from recast.lowrank import Full, LowRank
+
+FAMILIES = ["sdxl", "sd15"]
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def change(sites: list[Site], rank: int = 4) -> Adapter:
+    entries: dict[str, LowRank | Full] = {}
+    for seed, site in enumerate(sites):
+        out, into, *kernel = site.shape
+        entries[f"{site.lora}.weight"] = LowRank(
+            values(out, rank, seed=seed), values(rank, into, *kernel, seed=-seed)
+        )
+    return Adapter(entries, {"recast.role": "delta"})
+
+
+def matrices(layout: Layout) -> list[Site]:
+    return layout.sites(",".join(["all", *layout.text_parts]))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    files = {f: Checkpoint(tiny.checkpoint(folder / f"{f}.safetensors", f)) for f in FAMILIES}
+    yield files
+    for file in files.values():
+        file.close()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def same(a: Path, b: Path) -> None:
+    before, after = load_file(a), load_file(b)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert torch.equal(after[key], tensor), key
+
+
+def round_trip(layout: Layout, start: Path, folder: Path) -> Path:
+    export(start, folder / "peft", "peft", layout=layout)
+    export(folder / "peft", folder / "d.safetensors", "diffusers", layout=layout)
+    export(folder / "d.safetensors", folder / "c.safetensors", "comfy", layout=layout)
+    export(folder / "c.safetensors", folder / "k.safetensors", "kohya", layout=layout)
+    return folder / "k.safetensors"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_round_trip_through_all_formats_changes_nothing(
+    originals: dict[str, Checkpoint], tmp_path: Path, family: str, dtype: str
+) -> None:
+    layout = detect(originals[family])
+    write_adapter(tmp_path / "a.safetensors", change(matrices(layout)), dtype=dtype)
+    end = round_trip(layout, tmp_path / "a.safetensors", tmp_path)
+    same(tmp_path / "a.safetensors", end)
+    with safe_open(end, "pt") as file:
+        assert file.metadata()["recast.role"] == "delta"
+
+
+def test_another_trainers_alpha_comes_back(
+    originals: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    layout = detect(originals["sdxl"])
+    write_adapter(tmp_path / "a.safetensors", change(matrices(layout)))
+    file = load_file(tmp_path / "a.safetensors")
+    for key in file:
+        if key.endswith(".alpha"):
+            file[key] = torch.tensor(1.0)
+    save_file(file, tmp_path / "b.safetensors")
+    same(tmp_path / "b.safetensors", round_trip(layout, tmp_path / "b.safetensors", tmp_path))
+    config = json.loads((tmp_path / "peft" / "unet" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 1)
+    plain = load_file(tmp_path / "d.safetensors")
+    assert not [key for key in plain if "alpha" in key]
+
+
+def test_mixed_ranks_and_alphas_keep_their_meaning(
+    originals: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    layout = detect(originals["sd15"])
+    sites = matrices(layout)
+    mixed = Adapter({**change(sites, 4).entries, **change(sites[:40:3], 8).entries},
+                    {"recast.role": "delta"})  # fmt: skip
+    write_adapter(tmp_path / "a.safetensors", mixed)
+    file = load_file(tmp_path / "a.safetensors")
+    odd = next(iter(file)).partition(".")[0]
+    file[f"{odd}.alpha"] = torch.tensor(2.0)
+    save_file(file, tmp_path / "b.safetensors")
+    end = round_trip(layout, tmp_path / "b.safetensors", tmp_path)
+    alphas = {v.item() for k, v in load_file(end).items() if k.endswith(".alpha")}
+    assert len(alphas) == 1
+    wanted = read_adapter(tmp_path / "b.safetensors").entries
+    for path in (tmp_path / "peft", tmp_path / "d.safetensors", tmp_path / "c.safetensors", end):
+        found = read_adapter(path, layout).entries
+        assert found.keys() == wanted.keys()
+        for name, entry in wanted.items():
+            torch.testing.assert_close(found[name].dense(), entry.dense())
+    export(end, tmp_path / "even.safetensors", "kohya", padded=True)
+    even = read_adapter(tmp_path / "even.safetensors").entries
+    assert {entry.rank for entry in even.values() if isinstance(entry, LowRank)} == {8}
+    for name, entry in wanted.items():
+        torch.testing.assert_close(even[name].dense(), entry.dense())
+
+
+def network(original: Checkpoint, part: str) -> nn.Module:
+    from recast.model import open_model
+
+    return open_model(original, parts=(part,)).part(part).eval()
+
+
+def outputs(net: nn.Module, layout: Layout) -> Tensor:
+    """What a network answers to a fixed question."""
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        if not hasattr(net, "conv_in"):
+            return net(torch.arange(1, 9)[None]).last_hidden_state
+        more = {}
+        if layout.plan.te2 is not None:
+            pooled = torch.randn(1, layout.plan.te2.projection, generator=made)
+            more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.ones(1, 6)}}
+        context = torch.randn(1, 7, layout.unet["cross_attention_dim"], generator=made)
+        x = torch.randn(1, 4, 8, 8, generator=made)
+        return net(x, torch.tensor(400.5), context, **more).sample
+
+
+def loaded_by_peft(net: nn.Module, folder: Path, part: str) -> nn.Module:
+    from peft import PeftModel
+
+    inside = folder / {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
+    model = PeftModel.from_pretrained(net, str(inside))
+    assert not [
+        k for k in model.state_dict() if "lora" in k and model.state_dict()[k].isnan().any()
+    ]
+    return model.base_model.model
+
+
+def loaded_by_diffusers(net: nn.Module, file: Path, part: str) -> nn.Module:
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
+
+    state, alphas, metadata = Loader.lora_state_dict(load_file(file), return_lora_metadata=True)
+    assert not alphas
+    if part == "unet":
+        net.load_lora_adapter(state, network_alphas=None, prefix="unet", metadata=metadata)
+    else:
+        prefix = {"te1": "text_encoder", "te2": "text_encoder_2"}[part]
+        Loader.load_lora_into_text_encoder(
+            state, None, net, prefix=prefix, adapter_name="ours", metadata=metadata
+        )
+    return net
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [(f, p) for f in FAMILIES for p in ("unet", "te1", "te2")][:-1]
+)
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_and_diffusers_answer_as_we_do(
+    originals: dict[str, Checkpoint], tmp_path: Path, family: str, part: str, form: str
+) -> None:
+    layout = detect(originals[family])
+    sites = matrices(layout)
+    adapter = change(sites)
+    ours = network(originals[family], part)
+    plain = outputs(ours, layout)
+    mine = [site for site in sites if site.part == part]
+    attach({part: ours}, Adapter({f"{s.lora}.weight": adapter.entries[f"{s.lora}.weight"]
+                                  for s in mine}, adapter.metadata), mine)  # fmt: skip
+    wanted = outputs(ours, layout)
+    assert (wanted - plain).norm() > 1e-3 * plain.norm()
+    write_adapter(tmp_path / "a.safetensors", adapter)
+    out = tmp_path / ("peft" if form == "peft" else "d.safetensors")
+    export(tmp_path / "a.safetensors", out, form, layout=layout)
+    read: Callable[[nn.Module, Path, str], nn.Module]
+    read = loaded_by_peft if form == "peft" else loaded_by_diffusers
+    theirs = read(network(originals[family], part), out, part)
+    assert sum(hasattr(m, "lora_A") for m in theirs.modules()) == len(mine)
+    torch.testing.assert_close(outputs(theirs, layout), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_of_a_text_encoder_is_never_written_without_out_proj(
+    originals: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    layout = detect(originals["sdxl"])
+    sites = [s for s in layout.sites("te1,te2") if "out_proj" not in s.module]
+    adapter = change(sites)
+    write_adapter(tmp_path / "a.safetensors", adapter)
+    for form in ("diffusers", "kohya"):
+        out = tmp_path / f"{form}.safetensors"
+        export(tmp_path / "a.safetensors", out, form, layout=layout)
+        found = read_adapter(out, layout).entries
+        added = found.keys() - adapter.entries.keys()
+        assert len(added) == layout.plan.te1.layers + layout.plan.te2.layers
+        assert not any(found[name].dense().any() for name in added)
+    net = loaded_by_diffusers(
+        network(originals["sdxl"], "te1"), tmp_path / "diffusers.safetensors", "te1"
+    )
+    wanted = 6 * layout.plan.te1.layers
+    assert sum(hasattr(m, "lora_A") for m in net.modules()) == wanted
+
+
+def test_tucker_is_multiplied_out(originals: dict[str, Checkpoint], tmp_path: Path) -> None:
+    from lycoris.modules import get_module, make_module
+
+    site = next(s for s in detect(originals["sdxl"]).sites("all") if s.shape[2:] == (3, 3))
+    out, into = site.shape[:2]
+    file = {
+        "lora_up.weight": values(out, 5, 1, 1), "lora_mid.weight": values(5, 5, 3, 3, seed=1),
+        "lora_down.weight": values(5, into, 1, 1, seed=2), "alpha": torch.tensor(2.0),
+    }  # fmt: skip
+    named = {f"{site.lora}.{key}": tensor for key, tensor in file.items()}
+    save_file(named, tmp_path / "t.safetensors")
+    kind, parts = get_module(named, site.lora)
+    base = nn.Conv2d(into, out, 3, bias=False)
+    theirs = make_module(kind, parts, site.lora, base).get_diff_weight(1)[0].detach()
+    ours = read_adapter(tmp_path / "t.safetensors").entries[f"{site.lora}.weight"]
+    torch.testing.assert_close(ours.dense(), theirs, atol=1e-6, rtol=1e-5)
+    export(tmp_path / "t.safetensors", tmp_path / "k.safetensors", "kohya")
+    plain = load_file(tmp_path / "k.safetensors")
+    assert plain[f"{site.lora}.lora_down.weight"].shape == (5, into, 3, 3)
+    again = read_adapter(tmp_path / "k.safetensors").entries[f"{site.lora}.weight"]
+    assert torch.equal(again.dense(), ours.dense())
+
+
+def test_other_spellings_of_the_field(originals: dict[str, Checkpoint], tmp_path: Path) -> None:
+    layout = detect(originals["sdxl"])
+    up, down = values(64, 4), values(4, 64, seed=1)
+    lora = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    spellings = [
+        (f"unet.{path}.processor.to_out_lora.up.weight",
+         f"unet.{path}.processor.to_out_lora.down.weight"),
+        (f"unet.{path}.to_out.0.lora.up.weight", f"unet.{path}.to_out.0.lora.down.weight"),
+        (f"{path}.to_out.0.lora_B.default.weight", f"{path}.to_out.0.lora_A.default.weight"),
+        (f"lora_unet_{path.replace('.', '_')}_to_out_0.lora_up.weight",
+         f"lora_unet_{path.replace('.', '_')}_to_out_0.lora_down.weight"),
+        ("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+         "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_down.weight"),
+    ]  # fmt: skip
+    for names in spellings:
+        save_file(dict(zip(names, (up, down), strict=True)), tmp_path / "a.safetensors")
+        found = read_adapter(tmp_path / "a.safetensors", layout).entries
+        assert list(found) == [f"{lora}.weight"]
+        assert torch.equal(found[f"{lora}.weight"].dense(), up @ down)
+
+
+def test_the_architecture_is_found_by_names_and_sizes(tmp_path: Path) -> None:
+    path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    for width, lora in (
+        (2048, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"),
+        (768, "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"),
+    ):
+        pair = {f"{path}.lora_B.weight": values(640, 2), f"{path}.lora_A.weight": values(2, width)}
+        save_file(pair, tmp_path / "a.safetensors")
+        assert list(read_adapter(tmp_path / "a.safetensors").entries) == [f"{lora}.weight"]
+    save_file({"unet.x.lora_B.weight": values(6, 2), "unet.x.lora_A.weight": values(2, 3)},
+              tmp_path / "a.safetensors")  # fmt: skip
+    with pytest.raises(Refused, match="--model"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_peft_folders_are_checked(originals: dict[str, Checkpoint], tmp_path: Path) -> None:
+    layout = detect(originals["sd15"])
+    write_adapter(tmp_path / "a.safetensors", change(layout.sites("principal")[:3]))
+    folder = tmp_path / "peft"
+    export(tmp_path / "a.safetensors", folder, "peft", layout=layout)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    before = read_adapter(folder, layout).entries
+    rank = {**config, "use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(rank))
+    for name, entry in read_adapter(folder / "adapter_model.safetensors", layout).entries.items():
+        torch.testing.assert_close(entry.dense(), 2 * before[name].dense())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(Refused, match="use_dora"):
+        read_adapter(folder, layout)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(Refused, match="not beside it"):
+        read_adapter(folder / "adapter_model.safetensors", layout)
+    with pytest.raises(Refused, match="holds no adapter_config"):
+        read_adapter(tmp_path, layout)
+
+
+def test_what_a_format_cannot_hold_is_refused(
+    originals: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    layout = detect(originals["sdxl"])
+    full = Adapter({"lora_unet_out_0.weight": Full(values(32))}, {"recast.role": "full"})
+    write_adapter(tmp_path / "f.safetensors", full)
+    for form in ("peft", "diffusers"):
+        with pytest.raises(Refused, match="has no place"):
+            export(tmp_path / "f.safetensors", tmp_path / "no", form, layout=layout)
+    export(tmp_path / "f.safetensors", tmp_path / "c.safetensors", "comfy", layout=layout)
+    assert list(load_file(tmp_path / "c.safetensors")) == ["diffusion_model.out.0.diff"]
+    with pytest.raises(Refused, match="no adapter format"):
+        export(tmp_path / "f.safetensors", tmp_path / "no", "gguf")
+    with pytest.raises(Refused, match="exists"):
+        export(tmp_path / "f.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert not (tmp_path / "no").exists()
