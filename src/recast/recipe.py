@@ -80,7 +80,7 @@ class Train(_Section):
     std: Positive
     shift: Positive
     seed: Seed
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     checkpoint_every: Count
 
 

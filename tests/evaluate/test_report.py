@@ -181,7 +181,7 @@ def test_losses_are_binned_by_level_and_stretch() -> None:
 
 @pytest.mark.parametrize("objective", ["eps", "v", "v-zsnr", "flow", "x0"])
 def test_every_objective_can_be_loaded_somewhere(objective: str) -> None:
-    comfy, diffusers = how_to_load("sdxl", objective, "m.safetensors", shift=2.5, standard=False)
+    comfy, diffusers = how_to_load("sdxl", objective, "m.safetensors", shift=2.5, config="FOLDER")
     assert "m.safetensors" in comfy.text
     compile(diffusers.code, "code", "exec")
     assert "{" not in diffusers.code + comfy.code

@@ -16,7 +16,7 @@ from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
 from recast.convert.folder import Folder, Stopped, check_claim, claim
 from recast.events import Event, Note, Stage, Tick
-from recast.recipe import Recipe, dump_toml
+from recast.recipe import Recipe, dump_toml, load, override
 
 if TYPE_CHECKING:
     from recast.adapter import Adapter
@@ -104,7 +104,7 @@ def identify(
 
     dreamt = "" if found else f"dreamt {dream_plan(job, checkpoint, objective).digest('')}"
     recipe = job.recipe.model_dump(exclude={"about"})
-    # saving more or less often changes no byte of the result
+    # see in_header
     recipe["train"].pop("checkpoint_every")
     return {
         "model": checkpoint.sha256(),
@@ -120,6 +120,11 @@ def write_recipe(folder: Folder, recipe: Recipe) -> None:
     text = dump_toml(recipe).encode()
     if not folder.path("recipe.toml").exists():
         commit(folder.path("recipe.toml"), lambda file: file.write(text), size=len(text))
+
+
+def in_header(recipe: Recipe) -> Recipe:
+    """The recipe as a file states it: how often states were saved is not part of the result."""
+    return override(recipe, checkpoint_every=load().train.checkpoint_every)
 
 
 def train_stage(
@@ -156,10 +161,10 @@ def train_stage(
 
 def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
     """The original's parts, in the precision of the recipe, on the job's device."""
-    from recast.convert.training import PRECISION
+    from recast.convert.training import precision
     from recast.model import open_model
 
-    dtype = PRECISION[job.recipe.train.precision]
+    dtype = precision(job.recipe, job.device)
     return open_model(job.model, dtype=dtype, device=job.device, parts=parts, objective=source)
 
 
@@ -207,6 +212,7 @@ def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str)
     if not folder.has("model.safetensors"):
         write_rebuilt(
             checkpoint, initial, trained, folder.path("model.safetensors"), objective=objective,
-            metadata={**folder.stamp(), "recast.recipe": dump_toml(job.recipe)}, force=True,
+            metadata={**folder.stamp(), "recast.recipe": dump_toml(in_header(job.recipe))},
+            force=True,
         )  # fmt: skip
     yield Tick(2)

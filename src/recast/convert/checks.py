@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.adapter import refuse_residual
+from recast.adapter.decompose import matrices
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room, standing
 from recast.errors import Refused
@@ -70,6 +71,8 @@ def check_model(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
             f"train.profile {recipe.train.profile!r} names layers of {', '.join(others)}: "
             "give layers of the UNet, the only part that is trained."
         )
+    if recipe.train.rank:
+        matrices(sites)
     return layout
 
 

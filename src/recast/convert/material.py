@@ -15,6 +15,7 @@ import torch
 
 from recast.checkpoint import Checkpoint
 from recast.convert.folder import Folder, Stopped
+from recast.data.buckets import Buckets, aspects, square
 from recast.dream import Plan, Shard, dream, prompts_for, read_shards
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import FLOW, Objective, retime
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from recast.model import Model
     from recast.text.encode import Condition
 
+BUCKETED = 256  # pixels of a side from which pictures keep their aspect
 CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
 
 
@@ -157,7 +159,7 @@ def from_images(
     store.text("")
     yield Stage("encode images", len(found.examples), "images")
     made = []
-    for entry in prepare(found, store, on_broken=on_broken):
+    for entry in prepare(found, store, buckets=buckets(model.size), on_broken=on_broken):
         made.append(entry)
         if entry.problem:
             yield Note(f"left out: {entry.problem}")
@@ -169,6 +171,11 @@ def from_images(
     return Images(
         replace(Dataset.of(store, made), store=replace(store, model=slim)), job.recipe, objective
     )
+
+
+def buckets(side: int) -> Buckets:
+    """Aspect buckets of a model's size; small models know one square only."""
+    return aspects(side) if side >= BUCKETED else square(side)
 
 
 def from_dreams(

@@ -25,6 +25,7 @@ from recast.evaluate.loading import how_to_load
 from recast.evaluate.report import write_report
 from recast.evaluate.values import Drift
 from recast.events import Event, Note, Stage, Tick
+from recast.model.folder import FOLDER, write_config_folder
 from recast.objective import OBJECTIVES, Net, Objective, express
 from recast.sample.images import Picture, sample_images
 
@@ -71,11 +72,20 @@ def measure(
         for picture in paint(model, job, asked, None):
             made[name].append(picture)
             yield Tick(ticks := ticks + 1)
-    standard = written.layout.unet["block_out_channels"][0] == 320
-    howto = how_to_load(written.layout.family, objective, "model.safetensors", standard=standard)
+    howto = how_to_load(
+        written.layout.family, objective, "model.safetensors", config=config_folder(written, folder)
+    )
     pictures = {name: [picture.image for picture in group] for name, group in made.items()}
     report = compose(job, folder, test, pictures, table, source, objective)
     write_report(folder.root, replace(report, howto=howto, hashes=files))
+
+
+def config_folder(model: Model, folder: Folder) -> str | None:
+    """Write the folder that diffusers needs beside a file of unusual size, else return None."""
+    if model.layout.unet["block_out_channels"][0] == 320:
+        return None
+    write_config_folder(model.layout, folder.path(FOLDER))
+    return FOLDER
 
 
 def paint(model: Model, job: Job, test: Test, as_objective: Objective | None) -> Iterator[Picture]:

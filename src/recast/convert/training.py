@@ -92,7 +92,6 @@ def learn(
         ema=ema,
         done=done,
         skipped=skipped,
-        autocast=None if how.precision == "fp32" else PRECISION[how.precision],
     )
     with ExitStack() as stack:
         log = stack.enter_context(open_log(root / "log.jsonl", length))
@@ -115,6 +114,14 @@ def learn(
                     signal, f"stopped after step {step.step}; the same command goes on there."
                 )
     return shown(attached, optimizer, ema)
+
+
+def precision(recipe: Recipe, device: str) -> torch.dtype:
+    """The dtype of the frozen network; masters and losses are fp32 whatever it is."""
+    name = recipe.train.precision
+    if name == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return PRECISION[name]
 
 
 def shown(attached: Attached, optimizer: Optimizer, ema: Ema | None) -> Adapter:

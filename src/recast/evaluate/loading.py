@@ -71,23 +71,23 @@ WAYS = {
 
 
 def how_to_load(
-    family: str, objective: str, file: str, *, shift: float = 1.0, standard: bool = True
+    family: str, objective: str, file: str, *, shift: float = 1.0, config: str | None = None
 ) -> tuple[Howto, ...]:
     """Say how ComfyUI and diffusers run `file`, a checkpoint of `family` that predicts `objective`.
 
-    `standard` is False for architectures of unusual size, which diffusers can only open beside a
-    configuration folder and ComfyUI not at all.
+    `config` is the configuration folder of an architecture of unusual size, which diffusers can
+    only open beside that, and ComfyUI not at all.
     """
     way, pipeline = WAYS[objective], PIPELINES[family]
     place = f"Put {file} into models/checkpoints and choose it in Load Checkpoint. {way.comfy}"
-    if not standard:
+    if config is not None:
         place = f"Of checkpoints of the usual size, which this one is not: {place}"
-    config = "" if standard else ', config="FOLDER"'
+    beside = "" if config is None else f', config="{config}"'
     code = [
         "import torch",
         f"from diffusers import {pipeline}, {way.scheduler}",
         "",
-        f'pipe = {pipeline}.from_single_file("{file}", torch_dtype=torch.float16{config})',
+        f'pipe = {pipeline}.from_single_file("{file}", torch_dtype=torch.float16{beside})',
         *way.lines,
         "image = pipe(",
         f'    "a prompt", num_inference_steps=25, guidance_scale=3.0,{way.grid}',
