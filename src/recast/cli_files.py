@@ -87,7 +87,13 @@ def split(
     out: Annotated[
         Path, typer.Option(help="Folder for adapter.safetensors and residual.safetensors.")
     ],
-    rank: Annotated[int, typer.Option(min=1, help="Rank of every layer's factors.")] = 64,
+    rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="64 (the default), full, energy:0.9, score:-3.55; of a part or block as te=16, "
+            "OUT01=128; may be given again."
+        ),
+    ] = None,
     profile: Annotated[
         str,
         typer.Option(
@@ -98,6 +104,18 @@ def split(
     residual_dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; the original's otherwise.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact, or fast (0.5 % of the energy less at most); fast on a GPU."),
+    ] = None,
+    device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what each block would get, and the memory.")
+    ] = False,
+    resolution: Annotated[
+        int | None, typer.Option(min=64, help="With --dry-run: pixels of a side in training.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --dry-run: pictures a step.")] = 1,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -107,23 +125,33 @@ def split(
     """
     from recast.adapter.split import split as split_files
     from recast.checkpoint import Checkpoint
+    from recast.cli_lora import ranges, show_forecast
     from recast.layout import detect
 
+    rules, form = rank or ["64"], dtype_of("--adapter-dtype", adapter_dtype)
     with Checkpoint(model_path(model)) as checkpoint:
+        sites = detect(checkpoint).sites(profile)
+        if dry_run:
+            show_forecast(checkpoint, sites, rules, form, resolution, batch, json=json)
+            return
         made = split_files(
             checkpoint,
-            detect(checkpoint).sites(profile),
-            rank,
+            sites,
+            rules,
             out,
-            adapter_dtype=dtype_of("--adapter-dtype", adapter_dtype),
+            adapter_dtype=form,
             residual_dtype=residual_dtype and dtype_of("--residual-dtype", residual_dtype),
+            method=method,
+            device=device_of(device),
             force=force,
         )
     facts = {
         "adapter": str(out / "adapter.safetensors"),
         "residual": str(out / "residual.safetensors"),
         "modules": len(made.energies),
+        "ranks": ranges(made.ranks.values()),
         "energy": round(made.energy, 6),
+        "methods": dict(made.methods),
         "adapter_sha256": made.adapter_sha256,
         "residual_sha256": made.residual_sha256,
     }

@@ -15,6 +15,7 @@ The difference of two products is never formed as B A - B0 A0, which cancels:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,19 +72,38 @@ class Full:
         return Full(self.delta.to(dtype))
 
 
-def factorize(weight: Tensor, rank: int, *, method: str = "exact", name: str = "") -> LowRank:
+Chooser = Callable[[Tensor], int]  # all singular values, falling -> the rank to keep
+
+
+def factorize(
+    weight: Tensor,
+    rank: int | Chooser,
+    *,
+    method: str = "exact",
+    name: str = "",
+    tally: Counter[str] | None = None,
+) -> LowRank:
     """Best rank-r factors of a weight, in fp32, balanced, with deterministic signs.
 
-    A direction without energy has a zero column in `up` and a unit row in `down`, so it can still
+    rank: a number, or what finds one in the singular values; that takes the exact method. A
+    direction without energy has a zero column in `up` and a unit row in `down`, so it can still
     learn; beyond the short side both are zero, so that r is the same for every layer of a file.
+    tally counts what was done: "exact" and "fast", and why fast could not, "small" or "untrusted".
     Raises Refused for a rank below 1 and for NaN or infinity, naming the tensor.
     """
-    if rank < 1:
+    if isinstance(rank, int) and rank < 1:
         raise Refused(f"rank {rank} was asked for {_called(name)}; give a rank of at least 1.")
     matrix, scale = _prepared(weight, name)
-    kept = min(rank, *matrix.shape)
     short_is_rows = matrix.shape[0] <= matrix.shape[1]
-    basis = METHODS[method](matrix if short_is_rows else matrix.T, kept)
+    wide = matrix if short_is_rows else matrix.T
+    tally = Counter() if tally is None else tally
+    if isinstance(rank, int):
+        basis = METHODS[method](wide, min(rank, *matrix.shape), tally)
+    else:
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        rank = max(1, rank(values.clamp_min(0).sqrt().flip(0) * scale))
+        basis = vectors.flip(1)[:, :rank]
+        tally["exact"] += 1
     up, down = _balanced(matrix, basis, short_is_rows)
     root = scale**0.5
     up, down = _padded(up * root, 1, rank), _padded(down * root, 0, rank)
@@ -146,17 +166,22 @@ def subtract(trained: LowRank, initial: LowRank, rank: int | None = None) -> Low
     return truncate(difference(trained, initial), rank)
 
 
-def _exact(wide: Tensor, rank: int) -> Tensor:
+def _exact(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
     """Leading left singular vectors (m, r) of a wide (m, n) matrix, from its Gram matrix."""
+    tally["exact"] += 1
     _, vectors = torch.linalg.eigh(wide @ wide.T)
     return vectors[:, -rank:].flip(1)
 
 
-def _fast(wide: Tensor, rank: int) -> Tensor:
+def _fast(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
     """As _exact up to 0.5 % of the energy: subspace iteration where it pays and converges."""
-    side = wide.shape[0]
-    found = _chebyshev(wide, rank) if 4 * (rank + EXTRA) <= side else None
-    return _exact(wide, rank) if found is None else found
+    pays = 4 * (rank + EXTRA) <= len(wide)
+    found = _chebyshev(wide, rank) if pays else None
+    if found is None:
+        tally["untrusted" if pays else "small"] += 1
+        return _exact(wide, rank, tally)
+    tally["fast"] += 1
+    return found
 
 
 def _chebyshev(wide: Tensor, rank: int) -> Tensor | None:
@@ -201,7 +226,7 @@ def _chebyshev(wide: Tensor, rank: int) -> Tensor | None:
 
 
 SWEEPS, DEGREE, EXTRA, RITZ = 2, 4, 16, 0.015
-METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": _exact, "fast": _fast}
+METHODS: dict[str, Callable[[Tensor, int, Counter[str]], Tensor]] = {"exact": _exact, "fast": _fast}
 
 
 def _balanced(matrix: Tensor, basis: Tensor, rows: bool) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from recast.adapter.file import Adapter
 from recast.adapter.places import entry_name, read_site, refuse_residual
+from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Site, detect
@@ -18,18 +19,25 @@ MATRICES = ("linear", "conv")
 
 
 def decompose(
-    checkpoint: Checkpoint, sites: Iterable[Site], rank: int, *, method: str = "exact"
+    checkpoint: Checkpoint,
+    sites: Iterable[Site],
+    rank: int | Sequence[str] | Ranks,
+    *,
+    method: str = "exact",
 ) -> Adapter:
     """Principal rank-r factors of every site's weight (role `pissa-init`), in fp32.
 
-    The metadata states the share of squared norm that the factors hold over all sites.
+    rank: a number, or rules as `ranks` has them. The metadata states the share of squared norm that
+    the factors hold over all sites.
     """
     refuse_residual(checkpoint)
+    rules, chosen = ranks(rank), matrices(sites)
+    rules.check(chosen)
     entries: dict[str, LowRank | Full] = {}
     held = whole = 0.0
-    for site in matrices(sites):
+    for site in chosen:
         weight = read_site(checkpoint, site)
-        factors = factorize(weight, rank, method=method, name=site.key)
+        factors = factorize(weight, rules.wanted(site), method=method, name=site.key)
         entries[entry_name(site)] = factors
         # The product is a projection of the weight, so its own norm is the energy it holds.
         gram = (factors.up.double().T @ factors.up.double()) * (
@@ -38,7 +46,7 @@ def decompose(
         held += gram.sum().item()
         whole += weight.double().square().sum().item()
     share = held / whole if whole else 1.0
-    about = initial_metadata(checkpoint, "pissa-init", rank, method)
+    about = initial_metadata(checkpoint, "pissa-init", rules, method)
     return Adapter(entries, {**about, "recast.energy": f"{share:.6f}"})
 
 
@@ -54,7 +62,7 @@ def zeros_full(checkpoint: Checkpoint, sites: Iterable[Site]) -> Adapter:
 
 
 def initial_metadata(
-    checkpoint: Checkpoint, role: str, rank: int | None, method: str | None
+    checkpoint: Checkpoint, role: str, rules: Ranks | None, method: str | None
 ) -> dict[str, str]:
     """What every adapter made from a checkpoint says about its making."""
     evidence = read_objective(checkpoint.specs, checkpoint.metadata)
@@ -63,8 +71,8 @@ def initial_metadata(
         "recast.base_sha256": checkpoint.sha256(),
         "recast.family": detect(checkpoint).family,
         "recast.objective": evidence.objective,
-        "recast.rank": None if rank is None else str(rank),
-        "recast.rank_rule": None if rank is None else "fixed",
+        "recast.rank": rules.text if rules and rules.fixed else None,
+        "recast.rank_rule": None if rules is None else "fixed" if rules.fixed else rules.text,
         "recast.method": method,
     }
     return {key: value for key, value in about.items() if value is not None}

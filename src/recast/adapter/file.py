@@ -127,11 +127,18 @@ def low_rank_specs(
     }
 
 
-def low_rank_tensors(lora: str, entry: LowRank, alpha: float) -> dict[str, Tensor]:
-    """The three tensors of one low-rank entry, as low_rank_specs lists them."""
+def low_rank_tensors(
+    lora: str, entry: LowRank, alpha: float, *, folded: bool = False
+) -> dict[str, Tensor]:
+    """The three tensors of one low-rank entry, as low_rank_specs lists them.
+
+    folded: `up` already holds r / alpha.
+    """
     up = entry.up.reshape(*entry.up.shape, *(1,) * (entry.down.ndim - 2))
     return {
-        f"{lora}.lora_up.weight": up if entry.rank == alpha else up * (entry.rank / alpha),
+        f"{lora}.lora_up.weight": up
+        if folded or entry.rank == alpha
+        else up * (entry.rank / alpha),
         f"{lora}.lora_down.weight": entry.down,
         f"{lora}.alpha": torch.tensor(alpha),
     }

@@ -1,0 +1,141 @@
+"""What a split would give, and what training it would take, before anything is written.
+
+Memory for one training step, in bytes:
+
+    trunk        parameters x bytes of the trunk's dtype
+    adapter      20 an entry: master, start, gradient and Adam's two moments, all fp32
+    activations  what autograd keeps of one forward pass, a pixel of a level of width C:
+                   residual cell   3 (C_in + C) + C
+                   transformer     3 C + 29 C a block (6 norms, 4 q k v q, 4 attention outputs,
+                                   12 C of the gated layer, 3 of its surroundings)
+                 (within a tenth of what autograd really keeps; attention keeps no matrix)
+
+It is an estimate for planning: allocators round up, and no checkpointing of activations is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from recast.adapter.decompose import matrices
+from recast.adapter.file import DTYPES
+from recast.adapter.places import read_site, refuse_residual
+from recast.adapter.ranks import Ranks, ranks
+from recast.checkpoint import Checkpoint
+from recast.layout import Site, detect
+from recast.layout.blueprint import UNetPlan
+from recast.lowrank import spectrum
+
+ADAPTER_BYTES = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: modules, smallest and largest rank, share of squared norm held, entries."""
+
+    block: str
+    modules: int
+    ranks: tuple[int, int]
+    energy: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step."""
+
+    trunk: int
+    adapter: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.trunk + self.adapter + self.activations
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The rows in the order of the network, their sum, the adapter's file size, and the memory."""
+
+    rows: tuple[Row, ...]
+    total: Row
+    adapter_bytes: int
+    memory: Memory
+
+
+def forecast(
+    checkpoint: Checkpoint,
+    sites: Iterable[Site],
+    rank: int | Sequence[str] | Ranks,
+    *,
+    adapter_dtype: str = "F16",
+    resolution: int | None = None,
+    batch: int = 1,
+    trunk_bytes: int = 2,
+) -> Forecast:
+    """Read every chosen weight's singular values and say what its rank would hold.
+
+    resolution: pixels of a side, the family's own (1024, 512) if None. trunk_bytes: of a number in
+    the frozen network and its activations, 2 for bf16.
+    """
+    refuse_residual(checkpoint)
+    rules, chosen = ranks(rank), matrices(sites)
+    rules.check(chosen)
+    blocks: dict[str, list[tuple[int, float, float, int]]] = {}
+    for site in chosen:
+        weight = read_site(checkpoint, site)
+        singular = spectrum(weight, name=site.key).double()
+        squares = singular.square()
+        whole = squares.sum().item()
+        count = max(1, rules.of(site).count(singular, whole**0.5))
+        size = count * (site.shape[0] + weight.numel() // site.shape[0])
+        held = squares[:count].sum().item()
+        blocks.setdefault(site.block, []).append((count, held, whole, size))
+    rows = tuple(_row(block, found) for block, found in blocks.items())
+    total = _row("all", [one for found in blocks.values() for one in found])
+    plan = detect(checkpoint).plan
+    side = (resolution or (1024 if plan.family == "sdxl" else 512)) // 8
+    trunk = sum(s.numel for k, s in checkpoint.specs.items() if k.startswith("model.diffusion_"))
+    kept = activations(plan.unet, side, side) * batch * trunk_bytes
+    memory = Memory(trunk * trunk_bytes, total.parameters * ADAPTER_BYTES, kept)
+    item = DTYPES[adapter_dtype].itemsize
+    return Forecast(rows, total, total.parameters * item + 4 * len(chosen), memory)
+
+
+def activations(plan: UNetPlan, height: int, width: int) -> int:
+    """Numbers that autograd keeps of one picture's pass; height and width in latent pixels."""
+    total = plan.widths[0] * height * width
+    skips, narrow = [plan.widths[0]], plan.widths[0]
+    last = len(plan.widths) - 1
+    for level, (wide, depth) in enumerate(zip(plan.widths, plan.depths, strict=True)):
+        pixels = -(-height // 2**level) * -(-width // 2**level)
+        for _ in range(plan.layers):
+            total += pixels * _cell(narrow, wide, depth)
+            skips.append(narrow := wide)
+        if level < last:
+            total += pixels * wide
+            skips.append(wide)
+    pixels = -(-height // 2**last) * -(-width // 2**last)
+    total += pixels * (_cell(narrow, narrow, plan.middle) + _cell(narrow, narrow, 0))
+    for level in reversed(range(last + 1)):
+        wide, depth = plan.widths[level], plan.depths[level]
+        pixels = -(-height // 2**level) * -(-width // 2**level)
+        for _ in range(plan.layers + 1):
+            total += pixels * _cell(narrow + skips.pop(), wide, depth)
+            narrow = wide
+        total += 4 * pixels * wide if level else 0  # the enlarged input of the next level
+    return total + 3 * height * width * plan.widths[0]
+
+
+def _cell(narrow: int, wide: int, depth: int) -> int:
+    """Numbers a pixel that a residual cell and its transformer keep."""
+    cell = 3 * (narrow + wide) + wide
+    return cell + (3 * wide + 29 * wide * depth if depth else 0)
+
+
+def _row(block: str, found: list[tuple[int, float, float, int]]) -> Row:
+    counts = [count for count, *_ in found]
+    held, whole = sum(one[1] for one in found), sum(one[2] for one in found)
+    share = held / whole if whole else 1.0
+    return Row(block, len(found), (min(counts), max(counts)), share, sum(one[3] for one in found))
