@@ -8,6 +8,7 @@ reported as a problem.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,22 @@ PREFIXES = {
     "te1": tuple(texts["te1"] for texts in TEXTS.values()),
     "te2": tuple(texts["te2"] for texts in TEXTS.values() if "te2" in texts),
 }
-ADAPTER_PARTS = {"lora_unet_": "unet", "lora_te1_": "te1", "lora_te2_": "te2", "lora_te_": "te1"}
+ADAPTER_PARTS = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "diffusion_model.": "unet",
+    "lora_te1_": "te1",
+    "lora_te_": "te1",
+    "text_encoder.": "te1",
+    "lora_te2_": "te2",
+    "text_encoder_2.": "te2",
+}
+# module and suffix of an adapter's tensor, in the names of kohya, ComfyUI, diffusers and PEFT
+SUFFIX = re.compile(
+    r"(base_model\.model\.)?(?P<module>.+?)\."
+    r"(?P<suffix>(lora|_lora)[._]\w+(\.default)?(\.weight)?|alpha|dora_scale|diff(_b)?|[wb]_norm"
+    r"|(hada|lokr|oft)_\w+|set_weight|reshape_weight|bias_\w+)"
+)
 
 
 def describe(path: Path | str, *, hashed: bool = False) -> Facts:
@@ -63,7 +79,7 @@ def _kind(file: Checkpoint) -> str:
     if keys and sum(map(is_adapter, keys)) > len(keys) // 2:
         role = file.metadata.get("recast.role")
         full = all(key.endswith((".diff", ".diff_b", ".w_norm", ".b_norm")) for key in keys)
-        return "patch" if role == "patch" or (full and role is None) else "adapter"
+        return "patch" if full and role in (None, "full") else "adapter"
     if any(key.startswith(UNET) for key in keys):
         return "checkpoint"
     inside = [key.removeprefix(VAE) for key in keys]
@@ -99,6 +115,8 @@ def _layout(file: Checkpoint) -> tuple[Layout | None, list[str]]:
     except Refused as refusal:
         return None, [str(refusal)]
     problems = []
+    if file.metadata.get("recast.role") == "residual":
+        problems.append("a residual, which is no model without the adapter split off with it")
     if any(spec.dtype.startswith("F8") for spec in file.specs.values()):
         problems.append("some weights are fp8: they are widened when read")
     return layout, problems
@@ -191,8 +209,8 @@ def _adapter(file: Checkpoint) -> Facts:
     """What an adapter changes, and which loaders will not read all of it."""
     modules: dict[str, set[str]] = {}
     for key in file.specs:
-        lora, _, suffix = key.partition(".")
-        modules.setdefault(lora, set()).add(suffix)
+        if match := SUFFIX.fullmatch(key):
+            modules.setdefault(match["module"], set()).add(match["suffix"])
     ranks = Counter(
         spec.shape[0]
         for key, spec in file.specs.items()
