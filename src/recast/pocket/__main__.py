@@ -6,6 +6,7 @@ Resumable: the same command goes on at the first artefact that is missing.  Two 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from recast.checkpoint import write_dict
 from recast.pocket import DATA, NAMES, files, gate, path, pipeline, report, vae
 from recast.pocket.judge import Judge
 from recast.pocket.stages import Workshop, load_into
+from recast.pocket.teacher import TEACHERS, Teacher
+
+Models = dict[str, Path]
 
 
 def make_judge(shop: Workshop) -> tuple[Path, Judge]:
@@ -38,13 +42,24 @@ def make_vae(shop: Workshop, critic: Path, reader: Judge) -> tuple[Path, Path, P
     return decoder, ceiling, pipeline.encode_world(shop, trained)
 
 
-def make_checkpoint(shop: Workshop, name: str, decoder: Path, latents: Path, reader: Judge) -> Path:
-    """Train a teacher, write its file and measure that; returns the measurement's artefact."""
-    autoencoder = load_into(vae.build(), decoder)
-    look = pipeline.looks(autoencoder, latents, reader)
+def teach(
+    shop: Workshop, name: str, latents: Path, look: Callable[[Teacher], str], models: Models
+) -> Path:
+    """Train a teacher; pocket-15 takes its lesson from pocket-xl.  Returns the artefact."""
     trained = pipeline.train_teacher(shop, name, latents, look, pipeline.RUNS[name])
-    average = load_into(pipeline.TEACHERS[name](), trained)
-    ready = files.folded(autoencoder, load_file(latents), name)
+    if name == "pocket-15":
+        guide = models.get("pocket-xl") or teach(shop, "pocket-xl", latents, look, models)
+        lesson = pipeline.Lesson(trained, guide)
+        return pipeline.train_teacher(shop, name, latents, look, pipeline.LESSON, lesson)
+    return trained
+
+
+def make_checkpoint(
+    shop: Workshop, name: str, trained: Path, decoder: Path, latents: Path, reader: Judge
+) -> Path:
+    """Write a teacher's file and measure that; returns the measurement's artefact."""
+    average = load_into(TEACHERS[name](), trained)
+    ready = files.folded(load_into(vae.build(), decoder), load_file(latents), name)
     metadata = {"modelspec.title": name, "modelspec.prediction_type": "epsilon"}
     digest = files.write_checkpoint(path(name), name, average, ready, metadata)
     shop.say(f"{name}: sha256 {digest}")
@@ -70,10 +85,12 @@ def main() -> None:
     shop = Workshop(options.work)
     critic, reader = make_judge(shop)
     decoder, ceiling, latents = make_vae(shop, critic, reader)
-    measured = {
-        name: make_checkpoint(shop, name, decoder, latents, reader)
-        for name in options.names or NAMES
-    }
+    look = pipeline.looks(load_into(vae.build(), decoder), latents, reader)
+    models: Models = {}
+    measured = {}
+    for name in options.names or NAMES:
+        models[name] = teach(shop, name, latents, look, models)
+        measured[name] = make_checkpoint(shop, name, models[name], decoder, latents, reader)
     if options.report:
         options.report.write_text(report.table(ceiling, measured), encoding="utf-8")
 

@@ -21,7 +21,7 @@ from recast.pocket.judge import HEADS, Judge, agreement, examples, fit, judge
 from recast.pocket.stages import Tensors, Workshop, load_into
 from recast.pocket.teacher import SCALES, TEACHERS, Teacher, TeacherRun
 from recast.pocket.vae import VaeRun
-from recast.pocket.world import Scene, caption, render, scenes, to_bytes
+from recast.pocket.world import PLACES, Scene, caption, render, scenes, to_bytes
 
 Made = tuple[Tensors, dict[str, str]]
 Decode = Callable[[Tensor], Tensor]
@@ -48,6 +48,24 @@ class GateRun:
     chunk: int = 80
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A second phase: pocket-15 goes on from `start`, taught by the finished pocket-xl, `guide`.
+
+    Alone it learns all but the place: its text encoder drowns that word, a caption's last.  The
+    lesson moves the five places' embeddings apart and takes the noise out of its targets.
+    """
+
+    start: Path
+    guide: Path
+
+    def begin(self, net: Teacher) -> Teacher:
+        """Load the weights to start from; returns the guide, frozen."""
+        load_into(net, self.start)
+        teacher.stress(net, PLACES, STRESS)
+        return load_into(TEACHERS["pocket-xl"](), self.guide).eval().requires_grad_(False)
+
+
 CRITIC = JudgeRun(seed=11, steps=600)
 JUDGE = JudgeRun(seed=1, steps=1500)
 VAE = VaeRun(seed=2, steps=6500, rate=2e-3)
@@ -55,8 +73,10 @@ DECODER = VaeRun(seed=3, steps=1700, rate=8e-4)
 LATENTS = LatentsRun(seed=4, renders=5)
 RUNS = {
     "pocket-xl": TeacherRun(seed=5, steps=6500),
-    "pocket-15": TeacherRun(seed=6, steps=3900),
+    "pocket-15": TeacherRun(seed=6, steps=3900, stop=2000),
 }
+LESSON = TeacherRun(seed=9, steps=2000, rate=1e-3, average=0.997)
+STRESS = 10.0
 GATE = GateRun(seed=7)
 GLANCE = GateRun(seed=8, count=64)
 
@@ -134,23 +154,31 @@ def paint(net: Teacher, decode: Decode, batch: list[Scene], run: GateRun) -> Ten
 
 
 def train_teacher(
-    shop: Workshop, name: str, latents: Path, look: Callable[[Teacher], str], run: TeacherRun
+    shop: Workshop,
+    name: str,
+    latents: Path,
+    look: Callable[[Teacher], str],
+    run: TeacherRun,
+    lesson: Lesson | None = None,
 ) -> Path:
     """Train one teacher, with a look every 1,000 steps; the artefact holds the averaged weights."""
 
     def make() -> Made:
         torch.manual_seed(run.seed)
         net = TEACHERS[name]()
+        guide = lesson.begin(net) if lesson else None
         average, world = teacher.shadow(net), load_file(latents)["latents"]
         words = [caption(scene) for scene in scenes(held=False)]
         words *= len(world) // len(words)
-        for step in shop.follow(name, teacher.fit(net, average, world, words, run), run.steps):
+        losses = teacher.fit(net, average, world, words, run, guide)
+        for step in shop.follow(name, losses, run.stop or run.steps):
             if step % 1000 == 0:
                 save_file(average.state_dict(), shop.folder / f"{name}-snapshot.safetensors")
                 shop.say(f"{name}: {look(average)}")
         return average.state_dict(), {}
 
-    return shop.stage(name, run, (latents,), make)
+    parents = (latents, lesson.start, lesson.guide) if lesson else (latents,)
+    return shop.stage(f"{name}-lesson" if lesson else name, run, parents, make)
 
 
 def looks(autoencoder: AutoencoderKL, latents: Path, reader: Judge) -> Callable[[Teacher], str]:

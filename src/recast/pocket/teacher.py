@@ -3,8 +3,8 @@
     x_t  = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps      abar: SD's 1,000 scaled-linear steps
     loss = min(5 / snr, 1) min(1 + 1 / snr, 25) mean((net(x_t, t) - eps)^2)
     snr  = abar / (1 - abar)
-The first factor is min-SNR.  The second is v's weight, capped: noise hides the place of a shape only
-where snr is below .05, there eps is nearly x_t, and without it the place of a caption goes unlearnt.
+The first factor is min-SNR.  The second is v's weight, capped: noise hides the place of a shape
+only where snr is below .05; there eps is nearly x_t, and without it that word goes unlearnt.
 UNet and text encoders are trained jointly on whitened latents x0.  t is stratified over the batch,
 one caption in ten is empty, and every sixth batch has all 77 tokens, as sampling does.
 """
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from recast.pocket.vae import warm_cosine
 from recast.pocket.words import BANG, VOCABULARY, compact, kept, tokens
-from recast.text.tokens import END, LENGTH
+from recast.text.tokens import END, LENGTH, encode
 
 STEPS = 1000
 ABAR = torch.cumprod(
@@ -34,8 +34,11 @@ SHORT = 12
 
 @dataclass(frozen=True)
 class TeacherRun:
+    """Settings of a training; `stop` ends it before the last of the steps its rate falls over."""
+
     seed: int
     steps: int
+    stop: int | None = None
     rate: float = 1.2e-3
     batch: int = 32
     average: float = 0.9985
@@ -143,9 +146,17 @@ def noised(x0: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def fit(
-    net: Teacher, average: Teacher, latents: Tensor, captions: Sequence[str], run: TeacherRun
+    net: Teacher,
+    average: Teacher,
+    latents: Tensor,
+    captions: Sequence[str],
+    run: TeacherRun,
+    guide: Teacher | None = None,
 ) -> Iterator[float]:
-    """Train a teacher in place and its running average with it; yields each step's loss."""
+    """Train a teacher in place and its running average with it; yields each step's loss.
+
+    With a guide, its prediction is the target instead of the noise that was drawn.
+    """
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=run.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -155,7 +166,7 @@ def fit(
     averaged = [
         p for p, q in zip(average.parameters(), net.parameters(), strict=True) if q.requires_grad
     ]
-    for step in range(run.steps):
+    for step in range(run.stop or run.steps):
         rows = torch.randint(len(latents), (run.batch,), generator=generator)
         silent = torch.rand(run.batch, generator=generator) < run.empty
         words = [
@@ -169,6 +180,9 @@ def fit(
         ).long()
         x, eps, weight = noised(latents[rows], t, generator)
         length = LENGTH if step % run.long_every == 0 else SHORT
+        if guide is not None:
+            with torch.no_grad():
+                eps = guide(x, t, words, length)
         loss = (weight * ((net(x, t, words, length) - eps) ** 2).mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -179,6 +193,15 @@ def fit(
         with torch.no_grad():
             torch._foreach_lerp_(averaged, weights, 1 - keep)
         yield loss.item()
+
+
+def stress(net: Teacher, words: Sequence[str], factor: float) -> None:
+    """Move these words' embeddings apart, from their mean by this factor, in place."""
+    rows = compact(torch.tensor([token for word in words for token in encode(word)]))
+    with torch.no_grad():
+        table = net.text.embeddings.token_embedding.weight
+        mean = table[rows].mean(0)
+        table[rows] = mean + factor * (table[rows] - mean)
 
 
 def shadow(net: Teacher) -> Teacher:
