@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recast import console
-from recast.cli_common import Force, Json, model_path
-from recast.show import say
+from recast.cli_common import Force, Json, Model, model_path
+from recast.errors import Refused
+from recast.show import say, show_file
 
 if TYPE_CHECKING:
     from recast.checkpoint import Checkpoint
@@ -21,6 +23,79 @@ Of = Annotated[
     str | None,
     typer.Option("--model", help="The checkpoint it is for, where its names do not tell."),
 ]
+
+
+def extract(
+    original: Model,
+    out: Annotated[Path, typer.Option(help="The LoRA to write.")],
+    trained: Annotated[
+        Path | None, typer.Option(help="A trained adapter, with the --initial of its run.")
+    ] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="The adapter before training; none for a change.")
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Instead: another checkpoint, for what differs in it.")
+    ] = None,
+    rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="64, energy:0.99, error:0.01, score:-3.55, te=16 …; may be given again. "
+            "Without: all of a trained adapter's change, rank 64 of --tuned."
+        ),
+    ] = None,
+    te: Annotated[
+        Path | None, typer.Option("--te", help="Take the text encoders from this adapter.")
+    ] = None,
+    parts: Annotated[str | None, typer.Option(help="Only these of unet,te,te1,te2.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="With --tuned: which layers, as for split; all usual ones otherwise."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="With --tuned: exact or fast.")] = "exact",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write what training changed as a LoRA for the original and its relatives.
+
+    Example: recast extract model.safetensors --tuned tuned.safetensors --rank energy:0.9:64
+    --out lora.safetensors
+    """
+    from recast.adapter import extract_difference, extract_trained, read_adapter, write_adapter
+    from recast.checkpoint import Checkpoint
+    from recast.cli_files import dtype_of
+    from recast.commit import refuse_target
+    from recast.layout import detect
+    from recast.lowrank import LowRank
+
+    form, wanted = dtype_of("--dtype", dtype), parts.split(",") if parts else None
+    if (trained is None) == (tuned is None):
+        raise Refused("give either --trained, with its --initial, or --tuned.")
+    with ExitStack() as files:
+        base = files.enter_context(Checkpoint(model_path(original)))
+        refuse_target(out, force=force, sources=[base.path])
+        layout = detect(base)
+        if tuned is not None:
+            other = files.enter_context(Checkpoint(tuned))
+            sites = layout.sites(profile or _profile(layout, wanted))
+            found = extract_difference(base, other, sites, rank or 64, method=method)
+        else:
+            given = (initial, trained, te)
+            start, end, texts = (read_adapter(p, layout) if p else None for p in given)
+            assert end is not None
+            found = extract_trained(base, start, end, rank, texts=texts, parts=wanted)
+        sha256 = write_adapter(out, found.adapter, dtype=form, force=force)
+    entries = found.adapter.entries.values()
+    facts = {
+        "file": str(out),
+        "modules": len(entries),
+        "ranks": ranges([entry.rank for entry in entries if isinstance(entry, LowRank)] or [0]),
+        "relative_error": found.error,
+        "left_out": list(found.left_out),
+        "sha256": sha256,
+    }
+    console.emit(facts) if json else show_file(facts)
 
 
 def export(
@@ -58,6 +133,18 @@ def export(
     else:
         for path in written:
             say(str(path))
+
+
+def _profile(layout: Layout, parts: list[str] | None) -> str:
+    """The layers that LoRA files usually hold, of the parts asked for."""
+    from recast.adapter.ranks import PARTS
+
+    odd = [part for part in parts or () if part not in PARTS]
+    if odd:
+        raise Refused(f"--parts: {odd[0]!r} is none of {', '.join(PARTS)}.")
+    wanted = {one for part in parts or PARTS for one in PARTS[part]}
+    names = {"unet": "lycoris-full", **{part: part for part in layout.text_parts}}
+    return ",".join(name for part, name in names.items() if part in wanted)
 
 
 def _layout(model: str | None) -> Layout | None:
@@ -113,4 +200,4 @@ def ranges(numbers: Iterable[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-VERBS = (export,)
+VERBS = (extract, export)

@@ -131,22 +131,33 @@ def rank_for_energy(singular: Tensor, share: float) -> int:
     return int(reached.float().argmax().item()) + 1
 
 
-def truncate(factors: LowRank, rank: int | None) -> LowRank:
+def truncate(factors: LowRank, rank: int | Chooser | None) -> LowRank:
     """Re-factor a product to a rank by QR of the thin factors and a small SVD (None: keep r).
 
-    Works in fp64 and returns fp32 balanced factors, zero-padded to the rank.
+    rank may be what finds one in the singular values; 0 is allowed then. Works in fp64 and returns
+    fp32 balanced factors, zero-padded to a rank that was given as a number.
     """
     rank = factors.rank if rank is None else rank
-    if rank < 1:
+    if isinstance(rank, int) and rank < 1:
         raise Refused(f"rank {rank} was asked for a low-rank change; give a rank of at least 1.")
     left, upper = torch.linalg.qr(factors.up.double())
     right, lower = torch.linalg.qr(factors.down.double().flatten(1).T)
     u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    if not isinstance(rank, int):
+        rank = min(rank(s), len(s))
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
-    up, down = _signed(left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T))
+    up, down = left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T)
+    if kept:
+        up, down = _signed(up, down)
     up, down = _padded(up, 1, rank).float(), _padded(down, 0, rank).float()
     return LowRank(up, down.reshape(rank, *factors.down.shape[1:]))
+
+
+def squared_norm(factors: LowRank) -> float:
+    """Sum of the squares of a product's entries, from the thin factors."""
+    up, down = factors.up.double(), factors.down.double().flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().item()
 
 
 def difference(trained: LowRank, initial: LowRank) -> LowRank:

@@ -3,6 +3,7 @@
 from recast.adapter.attach import Attached, attach
 from recast.adapter.decompose import decompose, zeros_full
 from recast.adapter.export import export
+from recast.adapter.extract import Extract, extract_difference, extract_trained
 from recast.adapter.file import Adapter, write_adapter
 from recast.adapter.formats import read_adapter
 from recast.adapter.patch import apply_patch, patch_from
@@ -14,6 +15,7 @@ from recast.adapter.verify import TensorError, Verdict, verify_rebuilt, verify_s
 __all__ = [
     "Adapter",
     "Attached",
+    "Extract",
     "Split",
     "TensorError",
     "Verdict",
@@ -22,6 +24,8 @@ __all__ = [
     "decompose",
     "entry_name",
     "export",
+    "extract_difference",
+    "extract_trained",
     "patch_from",
     "read_adapter",
     "rebuild",

@@ -12,7 +12,7 @@ from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Site, detect
-from recast.lowrank import Full, LowRank, factorize
+from recast.lowrank import Full, LowRank, factorize, squared_norm
 from recast.markers import read_objective
 
 MATRICES = ("linear", "conv")
@@ -40,10 +40,7 @@ def decompose(
         factors = factorize(weight, rules.wanted(site), method=method, name=site.key)
         entries[entry_name(site)] = factors
         # The product is a projection of the weight, so its own norm is the energy it holds.
-        gram = (factors.up.double().T @ factors.up.double()) * (
-            factors.down.double().flatten(1) @ factors.down.double().flatten(1).T
-        )
-        held += gram.sum().item()
+        held += squared_norm(factors)
         whole += weight.double().square().sum().item()
     share = held / whole if whole else 1.0
     about = initial_metadata(checkpoint, "pissa-init", rules, method)

@@ -5,6 +5,7 @@
     energy:0.9       the fewest directions that hold 90 % of the squared norm
     score:-3.55      those with sigma >= 10^-3.55 |W|, W the checkpoint's weight (resize_lora's
                      fro_ckpt: whatever the size of the layer, the same share of what was there)
+    error:0.01       the fewest that come within 1 % of the weight or change, in norm
     energy:0.9:128   no more than 128 of them (score likewise)
     te=16            a rule for one part: unet, te, te1, te2
     OUT01=128        a rule for a block, a glob of blocks (OUT*), or a kind (conv, linear)
@@ -33,7 +34,7 @@ MIXED_ALPHA = 64.0  # of a file whose ranks are known only when it is written
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: kind fixed, full, energy or score, its number, and the most it may give."""
+    """One rule: kind fixed, full, energy, error or score, its number, and the most it may give."""
 
     kind: str
     value: float = 0.0
@@ -43,6 +44,8 @@ class Rule:
         """The rank for singular values, falling; norm: of the checkpoint's weight. 0 for none."""
         if self.kind == "energy":
             found = rank_for_energy(singular, self.value) if singular.any() else 0
+        elif self.kind == "error":
+            found = rank_for_energy(singular, 1 - self.value**2) if singular.any() else 0
         elif self.kind == "score":
             found = int((singular >= 10**self.value * norm).sum())
         else:
@@ -120,20 +123,20 @@ def _rule(text: str, whole: str) -> Rule:
     try:
         if text == "full":
             return Rule("full")
-        if kind in ("energy", "score") and len(numbers) in (1, 2):
+        if kind in ("energy", "error", "score") and len(numbers) in (1, 2):
             most = int(numbers[1]) if len(numbers) == 2 else None
             return _sound(Rule(kind, float(numbers[0]), most), whole)
         return _sound(Rule("fixed", int(text)), whole)
     except ValueError as error:
         raise Refused(
-            f"--rank {whole}: {text!r} is no rank; give a number, full, energy:0.9, score:-3.55, "
-            "or NAME=RANK for a part or block."
+            f"--rank {whole}: {text!r} is no rank; give a number, full, energy:0.9, error:0.01, "
+            "score:-3.55, or NAME=RANK for a part or block."
         ) from error
 
 
 def _sound(rule: Rule, whole: str) -> Rule:
-    if rule.kind == "energy" and not 0 < rule.value <= 1:
-        raise Refused(f"--rank {whole}: energy is a share; give more than 0 and at most 1.")
+    if rule.kind in ("energy", "error") and not 0 < rule.value <= 1:
+        raise Refused(f"--rank {whole}: {rule.kind} is a share; give more than 0 and at most 1.")
     if (rule.kind == "fixed" and rule.value < 1) or (rule.most is not None and rule.most < 1):
         raise Refused(f"--rank {whole}: give a rank of at least 1.")
     return rule

@@ -1,0 +1,142 @@
+"""The adapter verbs from the command line to files on disk."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+
+from recast.adapter import Adapter, decompose, read_adapter, write_adapter, write_rebuilt
+from recast.checkpoint import Checkpoint
+from recast.cli import main
+from recast.layout import detect
+from recast.lowrank import LowRank
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder with an original, an initial and a trained adapter, and a tuned checkpoint."""
+    torch.set_num_threads(1)
+    with Checkpoint(tiny.checkpoint(tmp_path / "o.safetensors")) as original:
+        sites = [s for s in detect(original).sites("principal") if s.block in ("OUT04", "OUT05")]
+        start = decompose(original, sites, 2)
+        entries = {
+            name: LowRank(entry.up + 0.01, entry.down)
+            for name, entry in start.entries.items()
+            if isinstance(entry, LowRank)
+        }
+        about = {**start.metadata, "recast.role": "pissa-trained"}
+        write_adapter(tmp_path / "initial.safetensors", start)
+        write_adapter(tmp_path / "trained.safetensors", Adapter(entries, about))
+        read = [read_adapter(tmp_path / f"{n}.safetensors") for n in ("initial", "trained")]
+        write_rebuilt(original, *read, tmp_path / "tuned.safetensors")
+    return tmp_path
+
+
+def recast(capsys: pytest.CaptureFixture[str], *words: object) -> object:
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, words), "--json"])
+    assert not left.value.code, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_extract_from_a_run_and_from_two_files_agree(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = recast(
+        capsys,
+        "extract",
+        run / "o.safetensors",
+        "--initial",
+        run / "initial.safetensors",
+        "--trained",
+        run / "trained.safetensors",
+        "--out",
+        run / "a",
+        "--dtype",
+        "fp32",
+    )
+    b = recast(
+        capsys,
+        "extract",
+        run / "o.safetensors",
+        "--tuned",
+        run / "tuned.safetensors",
+        "--rank",
+        "energy:0.9999",
+        "--out",
+        run / "b",
+        "--dtype",
+        "fp32",
+    )
+    assert isinstance(a, dict)
+    assert isinstance(b, dict)
+    assert a["relative_error"] == 0
+    assert b["relative_error"] < 2e-2
+    assert a["modules"] == b["modules"] > 10
+    first, second = read_adapter(run / "a").entries, read_adapter(run / "b").entries
+    for name, entry in first.items():
+        gap = (entry.dense() - second[name].dense()).norm() / entry.dense().norm()
+        assert gap < 3e-2
+
+
+def test_export_and_dry_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = run / "o.safetensors"
+    files = recast(
+        capsys,
+        "export",
+        run / "trained.safetensors",
+        "--to",
+        "peft",
+        "--out",
+        run / "peft",
+        "--model",
+        model,
+    )
+    assert isinstance(files, list)
+    assert [Path(f).name for f in files] == ["adapter_model.safetensors", "adapter_config.json"]
+    seen = recast(
+        capsys,
+        "split",
+        model,
+        "--rank",
+        "4",
+        "--rank",
+        "conv=2",
+        "--dry-run",
+        "--out",
+        run / "split",
+        "--resolution",
+        "64",
+    )
+    assert isinstance(seen, dict)
+    assert seen["blocks"][-1]["ranks"] == [2, 4]
+    assert not (run / "split").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["extract", "MODEL", "--out", "x"], "give either --trained"),
+        (["extract", "MODEL", "--out", "MODEL", "--tuned", "y"], "also the source"),
+        (
+            ["extract", "MODEL", "--out", "x", "--tuned", "y", "--parts", "vae"],
+            "does not exist|vae",
+        ),
+        (["export", "MODEL", "--to", "kohya", "--out", "x"], "no adapter entry"),
+        (["split", "MODEL", "--out", "x", "--rank", "-3"], "at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+
+    names = {"MODEL": str(run / "o.safetensors"), "x": str(run / "x")}
+    with pytest.raises(SystemExit) as left:
+        main([names.get(word, word) for word in words])
+    error = capsys.readouterr().err
+    assert left.value.code == 2, error
+    assert re.search(message, error)
+    assert not (run / "x").exists()
