@@ -123,9 +123,10 @@ def commit(
     path = Path(path)
     refuse_target(path, force=force, sources=sources)
     with _named_errors(path, size):
+        swept = standing(path.parent)
+        sweep(swept)
+        require_room(swept, size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        require_room(path.parent, size)
         temporary, fd = _create(path)
         try:
             digest = _fill(fd, write)
@@ -162,6 +163,12 @@ def require_room(folder: Path, size: int) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there; raises Refused where it cannot be."""
+    with _named_errors(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove temporary files and folders whose owner is dead."""
     for found in folder.glob(".*.recast-tmp"):
@@ -177,8 +184,8 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold folder/.lock; raises Refused, naming the process that holds it already."""
+    make_folder(folder)
     with _named_errors(folder, 0):
-        folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | CLOEXEC, 0o666)
     try:
         try:

@@ -84,7 +84,7 @@ def _follow_bar(events: Iterable[Event]) -> None:
                 mean = smooth(mean, event.loss)
                 progress.update(task, completed=event.done, loss=mean)
             elif isinstance(event, Note):
-                progress.console.print(f"[yellow]{event.text}[/yellow]", highlight=False)
+                progress.console.print(event.text, style="yellow", markup=False, highlight=False)
 
 
 def _follow_lines(events: Iterable[Event]) -> None:
@@ -94,7 +94,7 @@ def _follow_lines(events: Iterable[Event]) -> None:
             stage, mean, said, start = event, None, time.monotonic(), time.monotonic()
             ERR.print(f"{event.name}: {event.done}/{event.total} {event.unit}", highlight=False)
         elif isinstance(event, Note):
-            ERR.print(event.text, highlight=False)
+            ERR.print(event.text, markup=False, highlight=False)
         elif isinstance(event, Tick):
             mean = smooth(mean, event.loss)
             now = time.monotonic()

@@ -31,6 +31,7 @@ from recast.adapter.file import (
 from recast.adapter.places import Place, entry_name, places, refuse_residual
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint, write
+from recast.commit import make_folder, require_room, standing
 from recast.errors import Refused
 from recast.layout import Site
 from recast.lowrank import METHODS, LowRank, factorize
@@ -82,7 +83,8 @@ def split(
             raise Refused(f"{path} exists; remove it, choose another folder or use --force.")
     chosen = {entry_name(site): site for site in matrices(sites)}
     rules.check(chosen.values())
-    out_dir.mkdir(parents=True, exist_ok=True)
+    require_room(standing(out_dir), checkpoint.path.stat().st_size)
+    make_folder(out_dir)
     where = places(checkpoint, chosen)
     about = initial_metadata(checkpoint, "pissa-init", rules, method)
     with tempfile.TemporaryFile(dir=out_dir) as spool:

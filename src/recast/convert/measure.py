@@ -108,8 +108,9 @@ def choose(job: Job, checkpoint: Checkpoint, captions: Sequence[str]) -> Test:
         return [prompts[k] for k in order[:count]]
 
     if scenes(pool) is None:
-        chosen = some([*dict.fromkeys(captions)], UNJUDGED // 2) if images_of(job) else []
-        chosen += some(pool, min(how.pictures, UNJUDGED) - len(chosen))
+        total = min(how.pictures, UNJUDGED)
+        chosen = some([*dict.fromkeys(captions)], (total + 1) // 2) if images_of(job) else []
+        chosen += some(pool, total - len(chosen))
         seen = [True] * len(chosen)
     else:
         inside, outside = split_pool(pool, captions)
