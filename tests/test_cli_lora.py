@@ -140,3 +140,14 @@ def test_mistakes_end_in_one_sentence(
     assert left.value.code == 2, error
     assert re.search(message, error)
     assert not (run / "x").exists()
+
+
+def test_verify_asks_for_answers_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.checkpoint(run / "m.safetensors", dtype="F16", vocabulary=49408)
+    recast(capsys, "split", model, "--rank", "4", "--out", run / "split")
+    files = ["--residual", run / "split/residual.safetensors",
+             "--adapter", run / "split/adapter.safetensors"]  # fmt: skip
+    seen = recast(capsys, "verify", model, *files, "--level", "2")
+    assert isinstance(seen, dict)
+    assert seen["verdict"] == "passed"
+    assert 0 < seen["answers"]["output"] < 1e-2

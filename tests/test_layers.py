@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(["train", "distill", "sample", "data", "optim", "pocket"], 4),
     **dict.fromkeys(["evaluate", "recipe", "inspection"], 5),
     **dict.fromkeys(["dream", "painting"], 5.5),
-    "convert": 6,
+    **dict.fromkeys(["convert", "verification"], 6),
     "console": 6.5,
     "show": 6.6,
     "cli": 7,

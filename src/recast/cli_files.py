@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -202,7 +203,11 @@ def verify(
     trained: Annotated[
         Path | None, typer.Option(help="With --rebuilt: the trained adapter.")
     ] = None,
+    level: Annotated[
+        int, typer.Option(min=1, max=3, help="1: weights; 2: a forward pass too; 3: a picture too.")
+    ] = 1,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.")] = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Prove that files add up to a checkpoint, tensor by tensor; exit code 1 if they do not.
@@ -213,21 +218,31 @@ def verify(
     from recast.adapter import read_adapter
     from recast.adapter.verify import verify_rebuilt, verify_split
     from recast.checkpoint import Checkpoint
+    from recast.verification import Question, rebuilt_answers, split_answers
 
+    likeness = None
     with ExitStack() as files:
         source = files.enter_context(Checkpoint(model_path(original)))
         if residual is not None and adapter is not None and rebuilt is None:
             parts = files.enter_context(Checkpoint(residual))
-            verdict = verify_split(source, parts, read_adapter(adapter), tolerance=tolerance)
+            factors = read_adapter(adapter)
+            verdict = verify_split(source, parts, factors, tolerance=tolerance)
+            if level > 1:
+                question = Question(level, device=device_of(device))
+                likeness = split_answers(source, parts, factors, question)
         elif rebuilt is not None and residual is None and adapter is None:
             start = read_adapter(initial) if initial else None
             change = read_adapter(trained) if trained else None
             file = files.enter_context(Checkpoint(rebuilt))
             verdict = verify_rebuilt(source, file, start, change, tolerance=tolerance or 0.0)
+            if level > 1:
+                question = Question(level, device=device_of(device))
+                likeness = rebuilt_answers(source, file, start, change, question)
         else:
             raise Refused("give either --residual and --adapter, or --rebuilt.")
+    passed = verdict.passed and (likeness is None or likeness.passed)
     facts = {
-        "verdict": "passed" if verdict.passed else "failed",
+        "verdict": "passed" if passed else "failed",
         "tensors": len(verdict.tensors),
         "worst_tensor": verdict.worst.key,
         "worst_relative_error": verdict.worst.relative,
@@ -236,12 +251,19 @@ def verify(
         "tolerance": verdict.tolerance,
         "missing": list(verdict.missing),
         "surplus": list(verdict.surplus),
+        "answers": dataclasses.asdict(likeness) if likeness else None,
     }
     console.emit(facts) if json else show_file(facts)
     if not verdict.passed:
         raise CheckFailed(
             f"{verdict.worst.key} is off by {verdict.worst.relative:.2e} of its norm, "
             f"and {verdict.tolerance:.0e} is allowed."
+        )
+    if likeness is not None and not likeness.passed:
+        raise CheckFailed(
+            f"the answers differ: text {likeness.condition:.1e}, output {likeness.output:.1e} of "
+            f"their norms, {likeness.forward_bound:.0e} allowed"
+            + (f"; pictures {likeness.psnr:.1f} dB." if likeness.psnr is not None else ".")
         )
 
 
