@@ -46,12 +46,11 @@ def teach(
     shop: Workshop, name: str, latents: Path, look: Callable[[Teacher], str], models: Models
 ) -> Path:
     """Train a teacher; pocket-15 takes its lesson from pocket-xl.  Returns the artefact."""
-    trained = pipeline.train_teacher(shop, name, latents, look, pipeline.RUNS[name])
+    lesson = None
     if name == "pocket-15":
         guide = models.get("pocket-xl") or teach(shop, "pocket-xl", latents, look, models)
-        lesson = pipeline.Lesson(trained, guide)
-        return pipeline.train_teacher(shop, name, latents, look, pipeline.LESSON, lesson)
-    return trained
+        lesson = pipeline.Lesson(pipeline.prime(shop), guide)
+    return pipeline.train_teacher(shop, name, latents, look, pipeline.RUNS[name], lesson)
 
 
 def make_checkpoint(

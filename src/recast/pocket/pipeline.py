@@ -15,13 +15,14 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recast.pocket import gate, teacher, vae
+from recast.pocket import gate, primer, teacher, vae
 from recast.pocket.files import read_checkpoint
 from recast.pocket.judge import HEADS, Judge, agreement, examples, fit, judge
+from recast.pocket.primer import PrimerRun
 from recast.pocket.stages import Tensors, Workshop, load_into
 from recast.pocket.teacher import SCALES, TEACHERS, Teacher, TeacherRun
 from recast.pocket.vae import VaeRun
-from recast.pocket.world import PLACES, Scene, caption, render, scenes, to_bytes
+from recast.pocket.world import Scene, caption, render, scenes, to_bytes
 
 Made = tuple[Tensors, dict[str, str]]
 Decode = Callable[[Tensor], Tensor]
@@ -50,19 +51,14 @@ class GateRun:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A second phase: pocket-15 goes on from `start`, taught by the finished pocket-xl, `guide`.
+    """How pocket-15 learns: with a primed text encoder, frozen, and from the finished pocket-xl."""
 
-    Alone it learns all but the place: its text encoder drowns that word, a caption's last.  The
-    lesson moves the five places' embeddings apart and takes the noise out of its targets.
-    """
-
-    start: Path
+    text: Path
     guide: Path
 
     def begin(self, net: Teacher) -> Teacher:
-        """Load the weights to start from; returns the guide, frozen."""
-        load_into(net, self.start)
-        teacher.stress(net, PLACES, STRESS)
+        """Give the net its text encoder; returns the guide, frozen."""
+        load_into(net.text, self.text).requires_grad_(False)
         return load_into(TEACHERS["pocket-xl"](), self.guide).eval().requires_grad_(False)
 
 
@@ -71,12 +67,11 @@ JUDGE = JudgeRun(seed=1, steps=1500)
 VAE = VaeRun(seed=2, steps=6500, rate=2e-3)
 DECODER = VaeRun(seed=3, steps=1700, rate=8e-4)
 LATENTS = LatentsRun(seed=4, renders=5)
+PRIMER = PrimerRun(seed=11, steps=500)
 RUNS = {
     "pocket-xl": TeacherRun(seed=5, steps=6500),
-    "pocket-15": TeacherRun(seed=6, steps=3900, stop=2000),
+    "pocket-15": TeacherRun(seed=6, steps=2400, average=0.998),
 }
-LESSON = TeacherRun(seed=9, steps=2000, rate=1e-3, average=0.997)
-STRESS = 10.0
 GATE = GateRun(seed=7)
 GLANCE = GateRun(seed=8, count=64)
 
@@ -153,6 +148,19 @@ def paint(net: Teacher, decode: Decode, batch: list[Scene], run: GateRun) -> Ten
     )
 
 
+def prime(shop: Workshop, run: PrimerRun = PRIMER) -> Path:
+    """Train pocket-15's text encoder to say the five words of a caption."""
+
+    def make() -> Made:
+        torch.manual_seed(run.seed - 1)
+        net = TEACHERS["pocket-15"]()
+        for _ in shop.follow("primer", primer.fit(net.text, run), run.steps):
+            pass
+        return net.text.state_dict(), {}
+
+    return shop.stage("primer", run, (), make)
+
+
 def train_teacher(
     shop: Workshop,
     name: str,
@@ -171,14 +179,14 @@ def train_teacher(
         words = [caption(scene) for scene in scenes(held=False)]
         words *= len(world) // len(words)
         losses = teacher.fit(net, average, world, words, run, guide)
-        for step in shop.follow(name, losses, run.stop or run.steps):
+        for step in shop.follow(name, losses, run.steps):
             if step % 1000 == 0:
                 save_file(average.state_dict(), shop.folder / f"{name}-snapshot.safetensors")
                 shop.say(f"{name}: {look(average)}")
         return average.state_dict(), {}
 
-    parents = (latents, lesson.start, lesson.guide) if lesson else (latents,)
-    return shop.stage(f"{name}-lesson" if lesson else name, run, parents, make)
+    parents = (latents, lesson.text, lesson.guide) if lesson else (latents,)
+    return shop.stage(name, run, parents, make)
 
 
 def looks(autoencoder: AutoencoderKL, latents: Path, reader: Judge) -> Callable[[Teacher], str]:

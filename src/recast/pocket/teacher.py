@@ -5,8 +5,8 @@
     snr  = abar / (1 - abar)
 The first factor is min-SNR.  The second is v's weight, capped: noise hides the place of a shape
 only where snr is below .05; there eps is nearly x_t, and without it that word goes unlearnt.
-UNet and text encoders are trained jointly on whitened latents x0.  t is stratified over the batch,
-one caption in ten is empty, and every sixth batch has all 77 tokens, as sampling does.
+UNet and text encoders, where not frozen, are trained on whitened latents x0.  t is stratified over
+the batch, one caption in ten is empty, and every sixth batch has all 77 tokens, as sampling does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from recast.pocket.vae import warm_cosine
 from recast.pocket.words import BANG, VOCABULARY, compact, kept, tokens
-from recast.text.tokens import END, LENGTH, encode
+from recast.text.tokens import END, LENGTH
 
 STEPS = 1000
 ABAR = torch.cumprod(
@@ -34,11 +34,8 @@ SHORT = 12
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """Settings of a training; `stop` ends it before the last of the steps its rate falls over."""
-
     seed: int
     steps: int
-    stop: int | None = None
     rate: float = 1.2e-3
     batch: int = 32
     average: float = 0.9985
@@ -166,7 +163,7 @@ def fit(
     averaged = [
         p for p, q in zip(average.parameters(), net.parameters(), strict=True) if q.requires_grad
     ]
-    for step in range(run.stop or run.steps):
+    for step in range(run.steps):
         rows = torch.randint(len(latents), (run.batch,), generator=generator)
         silent = torch.rand(run.batch, generator=generator) < run.empty
         words = [
@@ -193,15 +190,6 @@ def fit(
         with torch.no_grad():
             torch._foreach_lerp_(averaged, weights, 1 - keep)
         yield loss.item()
-
-
-def stress(net: Teacher, words: Sequence[str], factor: float) -> None:
-    """Move these words' embeddings apart, from their mean by this factor, in place."""
-    rows = compact(torch.tensor([token for word in words for token in encode(word)]))
-    with torch.no_grad():
-        table = net.text.embeddings.token_embedding.weight
-        mean = table[rows].mean(0)
-        table[rows] = mean + factor * (table[rows] - mean)
 
 
 def shadow(net: Teacher) -> Teacher:
