@@ -135,6 +135,7 @@ def write(
             if spec.nbytes:
                 file.seek(len(head) + spec.start)
                 file.write(_bytes(tensor))
+            del tensor  # before the next is made
         if missing := next(wanted, None):
             raise ValueError(f"no tensor was given for {missing}")
 

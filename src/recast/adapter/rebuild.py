@@ -9,6 +9,7 @@ byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def changed(
         if key in where:
             tensor = _added(tensor, key, where[key], initial, trained)
         yield key, tensor
+        del tensor  # before the next is read
 
 
 def write_rebuilt(
@@ -163,25 +165,33 @@ def _added(
     weight: Tensor, key: str, at: list[Place], initial: Adapter | None, trained: Adapter
 ) -> Tensor:
     total: Tensor | None = None
+    sound = True
     for place in at:
         start = None if initial is None else initial.entries[place.name]
         delta = change(start, trained.entries[place.name]).dense()
         if delta.count_nonzero():
-            total = (
-                weight.to(torch.promote_types(weight.dtype, torch.float32))
-                if total is None
-                else total
-            )
+            if total is None:
+                sound = _finite(weight)  # asked now: an fp32 weight is changed in place
+                total = weight.to(torch.promote_types(weight.dtype, torch.float32))
             place.view(total).add_(delta)
+        del delta
     if total is None:
         return weight
     result = total.to(weight.dtype)
-    if not torch.isfinite(result).all() and torch.isfinite(weight).all():
+    if sound and not _finite(result):
         raise CheckFailed(
             f"{key} leaves the range of {weight.dtype} when the change is added; "
             "train with a smaller step, or store the original in bf16 or fp32."
         )
     return result
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every number is finite; unlike torch.isfinite, no tensor is made to find out."""
+    if not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no aminmax
+    return all(math.isfinite(end.item()) for end in wide.aminmax())
 
 
 def _marked(
@@ -191,4 +201,7 @@ def _marked(
 ) -> Iterator[tuple[str, Tensor]]:
     # empty and first, where they disturb no other tensor's alignment
     yield from ((key, torch.zeros(shape)) for key, (_, shape) in marks.items())
-    yield from ((key, tensor) for key, tensor in tensors if key in kept)
+    for key, tensor in tensors:
+        if key in kept:
+            yield key, tensor
+        del tensor
