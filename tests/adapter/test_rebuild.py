@@ -255,3 +255,13 @@ def test_overflow_is_named_not_stored(original: Checkpoint) -> None:
                    start.metadata)  # fmt: skip
     with pytest.raises(CheckFailed, match="leaves the range"):
         list(rebuild(original, None, huge))
+
+
+def test_overflow_is_named_in_full_precision_too(tmp_path: Path) -> None:
+    """fp32 weights are changed in place, so whether they were finite is asked before."""
+    with Checkpoint(tiny.checkpoint(tmp_path / "a.safetensors", "sd15", dtype="F32")) as file:
+        start = zeros_full(file, chosen(file, "time"))
+        name, entry = next(iter(start.entries.items()))
+        lost = Adapter({**start.entries, name: Full(torch.full(entry.shape, torch.inf))})
+        with pytest.raises(CheckFailed, match="leaves the range"):
+            list(rebuild(file, None, lost))

@@ -59,7 +59,7 @@ def test_killed_and_given_again_the_command_ends_with_the_same_bytes(
     assert process.exitcode == 0, (tmp_path / "log").read_text()
 
     out, moments = tmp_path / "killed", random.Random(f"{images}")
-    for _ in range(4):
+    for _ in range(3):
         process = child.start(words(home, out, images), tmp_path / "log")
         process.join(moments.uniform(0, 0.6 * took))
         process.kill()
