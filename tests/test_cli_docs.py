@@ -1,4 +1,4 @@
-"""docs/cli.md is what the commands say of themselves; the README names every verb and every module."""
+"""docs/cli.md is what the commands say of themselves; the README names every verb and module."""
 
 import sys
 from pathlib import Path

@@ -20,7 +20,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -37,8 +36,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        unit = task.fields.get("unit", "it")
-        return Text(f"{speed:.1f} {unit}/s" if speed else f"– {unit}/s", style="cyan")
+        return Text(f"{speed:.1f} it/s" if speed else "– it/s", style="cyan")
 
 
 class _Loss(ProgressColumn):
@@ -50,14 +48,14 @@ class _Loss(ProgressColumn):
 
 
 def _bar() -> Progress:
+    """Fits a terminal of 80 columns: stage, step, it/s, ETA, loss."""
     return Progress(
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=28),
+        TextColumn("{task.description:<17}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         _Rate(),
-        TimeElapsedColumn(),
         TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         _Loss(),
         console=ERR,
     )

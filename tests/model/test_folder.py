@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import tiny
 
 from recast.checkpoint import Checkpoint
 from recast.layout import detect
@@ -11,7 +12,6 @@ from recast.model import open_model
 from recast.model.folder import write_config_folder
 from recast.objective import FLOW
 from recast.sample import sample_images
-from tests import tiny
 
 PROMPT, SEED, STEPS, SCALE = "a big red star", 5, 4, 3.0
 
