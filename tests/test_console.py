@@ -50,11 +50,11 @@ def test_a_log_gets_a_line_a_minute(
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
-        console, "ERR", Console(file=screen, force_terminal=True, width=140, color_system=None)
+        console, "ERR", Console(file=screen, force_terminal=True, width=80, color_system=None)
     )
     console.follow(EVENTS)
     shown = screen.getvalue()
-    for word in ("train", "3/3", "steps/s", "ETA", "loss 0.4875", "[bold]note"):
+    for word in ("train", "3/3", "it/s", "ETA", "loss 0.4875", "[bold]note"):
         assert word in shown
 
 
