@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import resource
 import zipfile
@@ -271,3 +272,28 @@ def test_a_source_is_never_the_target(tmp_path: Path) -> None:
     write_dict(path, tensors())
     with pytest.raises(Refused, match="source"):
         write_dict(path, tensors(), force=True, sources=[path])
+
+
+class Bare:
+    """`os` without positioned reads and writes, as Windows has it."""
+
+    MISSING = frozenset({"pread", "pwrite", "preadv"})
+
+    def __getattr__(self, name: str) -> object:
+        if name in self.MISSING:
+            raise AttributeError(name)
+        return getattr(os, name)
+
+
+def test_files_without_positioned_reads_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "os", Bare())
+    monkeypatch.setattr(committing, "os", Bare())
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.float16)}
+    digest = write_dict(tmp_path / "x.safetensors", tensors, {"k": "v"})
+    with Checkpoint(tmp_path / "x.safetensors") as file:
+        assert file.sha256() == digest
+        assert all(torch.equal(file[key], tensor) for key, tensor in tensors.items())
+    with committing.lock(tmp_path / "run"):
+        pass

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from recast.commit import CLOEXEC, commit
+from recast.commit import FLAGS, commit, read_at
 from recast.errors import Refused
 from recast.header import (
     DTYPES,
@@ -97,7 +97,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """Hash of the whole file, computed once."""
         if self._sha256 is None:
             found, at = hashlib.sha256(), 0
-            while chunk := os.pread(self._fd, CHUNK, at):
+            while chunk := read_at(self._fd, CHUNK, at):
                 found.update(chunk)
                 at += len(chunk)
             self._sha256 = found.hexdigest()
@@ -173,7 +173,7 @@ def _open(path: Path) -> int:
             )
         raise Refused(f"{path} is a folder: give a .safetensors file.")
     try:
-        return os.open(path, os.O_RDONLY | CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        return os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
         raise Refused(f"{path} does not exist: check the path.") from error
     except (OSError, ValueError) as error:
@@ -182,7 +182,7 @@ def _open(path: Path) -> int:
 
 def _read_header(path: Path, fd: int, limit: int) -> Header:
     size = os.fstat(fd).st_size
-    first = os.pread(fd, 256, 0)
+    first = read_at(fd, 256, 0)
     if not first:
         raise Refused(f"{path} is empty: download or copy it again.")
     length = int.from_bytes(first[:8], "little")
@@ -207,11 +207,20 @@ def _read_header(path: Path, fd: int, limit: int) -> Header:
     return parse_header(path, bytes(text), size - 8 - length)
 
 
+def _read_part(fd: int, view: memoryview, at: int) -> int:
+    """Read into memory at a position; Windows has no preadv."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], at)
+    data = read_at(fd, len(view), at)
+    view[: len(data)] = data
+    return len(data)
+
+
 def _read_into(path: Path, fd: int, view: memoryview, at: int) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(fd, [view[done : done + CHUNK]], at + done)
+            count = _read_part(fd, view[done : done + CHUNK], at + done)
         except OSError as error:
             raise Refused(
                 f"{path} cannot be read at byte {at + done:,} ({error.strerror}): check "

@@ -31,6 +31,7 @@ if sys.platform == "win32":
 
     def _hold(fd: int) -> None:
         """Take the file's lock; raises OSError if another process has it."""
+        os.lseek(fd, 1 << 40, os.SEEK_SET)  # a byte beyond any content, which stays readable
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
 
 else:
@@ -49,7 +50,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (
     errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
-CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows has no such flag, and needs none
+WINDOWS = sys.platform == "win32"
+FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # of every file that is opened
 _counter = itertools.count()
 
 
@@ -88,7 +90,7 @@ class Writer(io.RawIOBase):
         self._in_order &= self.at == self._hashed
         done = 0
         while done < len(view):
-            done += os.pwrite(self.fd, view[done : done + CHUNK], self.at + done)
+            done += write_at(self.fd, view[done : done + CHUNK], self.at + done)
         if self._in_order:
             self._hash.update(view)
             self._hashed += len(view)
@@ -102,8 +104,24 @@ class Writer(io.RawIOBase):
             return self._hash.hexdigest()
         whole = hashlib.sha256()
         for start in range(0, self.size, CHUNK):
-            whole.update(os.pread(self.fd, CHUNK, start))
+            whole.update(read_at(self.fd, CHUNK, start))
         return whole.hexdigest()
+
+
+def read_at(fd: int, count: int, at: int) -> bytes:
+    """Read at a position; Windows has no pread."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, at)
+    os.lseek(fd, at, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+def write_at(fd: int, data: bytes | memoryview, at: int) -> int:
+    """Write at a position; Windows has no pwrite."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, at)
+    os.lseek(fd, at, os.SEEK_SET)
+    return os.write(fd, data)
 
 
 def commit(
@@ -129,14 +147,18 @@ def commit(
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary, fd = _create(path)
         try:
-            digest = _fill(fd, write)
-            os.replace(temporary, path)  # noqa: PTH105 (tests make os fail)
+            try:
+                digest = _fill(fd, write)
+                if not WINDOWS:
+                    os.replace(temporary, path)  # noqa: PTH105 (tests make os fail)
+            finally:
+                os.close(fd)
+            if WINDOWS:  # which renames no open file
+                os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             with suppress(FileNotFoundError):
                 temporary.unlink()
             raise
-        finally:
-            os.close(fd)
         _sync_folder(path.parent)
     return digest
 
@@ -186,18 +208,18 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold folder/.lock; raises Refused, naming the process that holds it already."""
     make_folder(folder)
     with _named_errors(folder, 0):
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | CLOEXEC, 0o666)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
     try:
         try:
             _hold(fd)
         except (BlockingIOError, PermissionError) as error:
-            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            owner = read_at(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
             raise Refused(
                 f"{folder} is in use by process {owner}: wait for it to end, or work in "
                 "another folder."
             ) from error
         os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        write_at(fd, b"%d\n" % os.getpid(), 0)
         yield
     finally:
         os.close(fd)
@@ -240,7 +262,7 @@ def valid_folder(path: Path | str) -> bool:
 
 def _create(path: Path) -> tuple[Path, int]:
     temporary = _temporary(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS
     fd = os.open(temporary, flags, 0o666)
     _hold(fd)
     return temporary, fd
@@ -285,7 +307,7 @@ def _fact(path: Path) -> dict[str, object]:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | CLOEXEC)
+    fd = os.open(path, (os.O_RDWR if WINDOWS else os.O_RDONLY) | FLAGS)
     try:
         os.fsync(fd)
     finally:
@@ -293,10 +315,13 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    _sync(folder)
+    if not WINDOWS:  # which opens no folder, and writes names through
+        _sync(folder)
 
 
 def _alive(pid: int) -> bool:
+    if WINDOWS:  # where signal 0 would end the process; strays stay
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -309,7 +334,7 @@ def _alive(pid: int) -> bool:
 def _abandoned(path: Path) -> bool:
     """Whether nobody holds the lock of a temporary file (its pid may be of another container)."""
     try:
-        fd = os.open(path, os.O_RDONLY | CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | FLAGS)
     except OSError:
         return False
     try:
