@@ -108,7 +108,8 @@ def fit(net: Judge, seed: int, steps: int, batch: int = 64) -> Iterator[float]:
     for _ in range(steps):
         pictures, truth = examples(batch, generator)
         answers = net(pictures)
-        loss = sum(F.cross_entropy(answers[name], truth[name]) for name in HEADS)
+        shares = (F.cross_entropy(answers[name], truth[name]) for name in HEADS)
+        loss = sum(shares, torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

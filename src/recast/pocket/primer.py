@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from recast.pocket.vae import warm_cosine
 from recast.pocket.words import compact, tokens
@@ -39,7 +40,7 @@ def codes(width: int) -> dict[str, Tensor]:
     return dict(zip(ATTRIBUTES, rows.split([len(v) for v in ATTRIBUTES.values()]), strict=True))
 
 
-def fit(encoder: nn.Module, run: PrimerRun) -> Iterator[float]:
+def fit(encoder: CLIPTextModel, run: PrimerRun) -> Iterator[float]:
     """Train a compact text encoder in place; yields each step's loss."""
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = torch.optim.AdamW(
@@ -53,7 +54,8 @@ def fit(encoder: nn.Module, run: PrimerRun) -> Iterator[float]:
         length = run.short if step % run.long_every else LENGTH
         found = tokens([caption(scene) for scene in batch], length)
         states = encoder(compact(found)).last_hidden_state
-        wanted = SIZE * sum(table[name][truth] for name, truth in labels(batch).items())
+        parts = (table[name][truth] for name, truth in labels(batch).items())
+        wanted = SIZE * sum(parts, torch.zeros(()))
         loss = ((states - wanted[:, None]) ** 2).mean(-1)[found == END].mean()
         optimizer.zero_grad()
         loss.backward()

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Net = TypeVar("Net", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Workshop:
         with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(text + "\n")
 
-    def artefact(self, name: str, settings: object, parents: tuple[Path, ...] = ()) -> Path:
+    def artefact(self, name: str, settings: Any, parents: tuple[Path, ...] = ()) -> Path:
         """Return the file of a stage with these settings (a frozen dataclass) and inputs."""
         made_from = json.dumps(
             [asdict(settings), [parent.name for parent in parents]], sort_keys=True
-        )  # type: ignore[call-overload]
+        )
         return (
             self.folder
             / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:10]}.safetensors"
@@ -81,7 +83,7 @@ class Workshop:
             yield step
 
 
-def load_into(net: torch.nn.Module, path: Path) -> torch.nn.Module:
+def load_into(net: Net, path: Path) -> Net:
     """Load an artefact into a module, strictly; returns it."""
     net.load_state_dict(load_file(path))
     return net

@@ -159,8 +159,8 @@ def fit(
         net.parameters(), lr=run.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     schedule = warm_cosine(optimizer, run.steps)
-    weights = [p for p in net.parameters() if p.requires_grad]
-    averaged = [
+    weights: list[Tensor] = [p for p in net.parameters() if p.requires_grad]
+    averaged: list[Tensor] = [
         p for p, q in zip(average.parameters(), net.parameters(), strict=True) if q.requires_grad
     ]
     for step in range(run.steps):
