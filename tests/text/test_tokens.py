@@ -3,8 +3,8 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from recast.errors import Refused
 
+from recast.errors import Refused
 from recast.text.tokens import END, START, encode, merges, tokenizer, vocabulary
 
 AWKWARD = [
