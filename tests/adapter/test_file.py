@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +186,30 @@ def test_factors_that_do_not_meet_are_refused(tmp_path: Path) -> None:
     save_file(file, tmp_path / "a.safetensors")
     with pytest.raises(Refused, match="rank 4 and 3"):
         read_adapter(tmp_path / "a.safetensors")
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from recast.adapter import read_adapter, write_adapter
+write_adapter(Path(sys.argv[2]), read_adapter(Path(sys.argv[1])))
+"""
+
+
+def test_reading_and_writing_again_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    """Found by killing a conversion: its patch had weights and biases in the order of a set."""
+    entries = {
+        f"lora_unet_out_{n}.{param}": Full(torch.full((3,), float(n)))
+        for n in range(8)
+        for param in ("weight", "bias")
+    }
+    write_adapter(tmp_path / "first.safetensors", Adapter(entries, {"recast.role": "full"}))
+    written = []
+    for seed in ("1", "2"):
+        path = tmp_path / f"{seed}.safetensors"
+        source = str(Path(__file__).parents[2] / "src")
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": source}
+        files = [str(tmp_path / "first.safetensors"), str(path)]
+        subprocess.run([sys.executable, "-c", AGAIN, *files], env=environment, check=True)
+        written.append(path.read_bytes())
+    assert written[0] == written[1]

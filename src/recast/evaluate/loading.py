@@ -81,7 +81,7 @@ def how_to_load(
     way, pipeline = WAYS[objective], PIPELINES[family]
     place = f"Put {file} into models/checkpoints and choose it in Load Checkpoint. {way.comfy}"
     if config is not None:
-        place = f"Of checkpoints of the usual size, which this one is not: {place}"
+        place = f"ComfyUI loads only the usual sizes, and this file is smaller. Else: {place}"
     beside = "" if config is None else f', config="{config}"'
     code = [
         "import torch",
