@@ -105,7 +105,7 @@ def _taken(path: Path, raw: Raw, dtype: str | None) -> tuple[dict[str, Pair], di
             rank = float(down.shape[0])
             alpha = tensors["alpha"].double().item() if "alpha" in tensors else rank
             pairs[lora] = Pair(up.to(wanted), down.to(wanted), alpha)
-        for suffix in tensors.keys() & {"diff", "diff_b", "w_norm", "b_norm"}:
+        for suffix in filter(tensors.__contains__, ("diff", "diff_b", "w_norm", "b_norm")):
             tensor = tensors[suffix]
             full[f"{lora}.{suffix}"] = tensor.to(DTYPES[dtype]) if dtype else tensor
     return pairs, full

@@ -300,9 +300,7 @@ def _entries(
         if "alpha" in tensors:
             up = up * (tensors["alpha"].double().item() / down.shape[0])
         yield f"{lora}.weight", LowRank(up, down)
-    for suffix in filter(
-        tensors.__contains__, FULL_SUFFIXES
-    ):  # in the table's order, never a set's
+    for suffix in filter(tensors.__contains__, FULL_SUFFIXES):  # a set has no order of its own
         yield f"{lora}.{FULL_SUFFIXES[suffix]}", Full(tensors[suffix].float())
 
 
