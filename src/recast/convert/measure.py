@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,10 +118,10 @@ def choose(job: Job, checkpoint: Checkpoint, captions: Sequence[str]) -> Test:
         fresh = some(outside, how.pictures // 2)
         known = some(inside, how.pictures - len(fresh))
         # alternate, so that the first few that the report shows are of both kinds
-        pairs = [*zip(known, fresh, strict=False)]
-        rest = known[len(pairs) :] + fresh[len(pairs) :]
-        chosen = [prompt for pair in pairs for prompt in pair] + rest
-        seen = [prompt in set(known) for prompt in chosen]
+        both = zip_longest(known, fresh)
+        chosen = [prompt for pair in both for prompt in pair if prompt is not None]
+        taught = set(known)
+        seen = [prompt in taught for prompt in chosen]
     seeds = tuple(how.seed + k for k in range(len(chosen)))
     return Test(tuple(chosen), seeds, tuple(seen))
 

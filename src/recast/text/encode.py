@@ -123,7 +123,8 @@ def encode_prompts(
     """
     contexts: list[Tensor] = []
     pooled = None
-    for name, encoder, pad in zip(("te1", "te2"), encoders, pads, strict=False):
+    names = ("te1", "te2")[: len(encoders)]
+    for name, encoder, pad in zip(names, encoders, pads, strict=True):
         length = config(encoder).max_position_embeddings
         texts = [chunks(prompt, pad=pad, length=length) for prompt in prompts]
         covered(name, encoder, texts)
