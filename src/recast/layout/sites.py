@@ -6,6 +6,7 @@
     readout       every parameter of the last up block and of the output layers
     time          every parameter of the time embedding
     te1, te2      the linear layers of a text encoder: 72, 192
+    unet          every parameter of the UNet
     every         every parameter of the UNet and the text encoders
     IN04, MID1, OUT08, TE1.L00 …   every parameter of that block
 
@@ -156,6 +157,7 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
         "all": matrix,
         "readout": lambda site: site.block in last,
         "time": lambda site: site.block == "TIME",
+        "unet": lambda site: site.part == "unet",
         "every": lambda site: True,
         **{part: layer(part) for part in TEXTS[plan.family]},
     }
