@@ -2,136 +2,28 @@
 
 `recipes/default.toml` holds every key; any other recipe names only what differs from it, so no
 default lives in code. An unknown key is refused with the nearest one, a wrong value with what is
-permitted. Imports no torch: names of tables (optimizers, distances, ...) are spelled out here and
-a test holds them against the tables themselves.
+permitted. Imports no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 
 from recast.errors import Refused
+from recast.recipe.sections import SECTIONS, Recipe
 
-__all__ = ["Recipe", "differences", "dump_toml", "load", "override", "presets"]
+__all__ = ["SECTIONS", "Recipe", "differences", "dump_toml", "load", "override", "presets"]
 
 MAX_BYTES = 64 * 1024
 SHOWN = 3  # problems named in one refusal
-
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Whole = Annotated[int, Field(ge=0, le=10**9)]
-Positive = Annotated[float, Field(gt=0)]
-Amount = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Line = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Names = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[A-Za-z0-9_.,* -]+$")]
-Class = Annotated[
-    str, StringConstraints(max_length=200, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
-]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Target(_Section):
-    """What the network learns to predict ("same": what it predicts already), and from whom."""
-
-    objective: Literal["eps", "v", "v-zsnr", "flow", "x0", "same"]
-    teacher: Literal["teacher", "data", "mix"]
-    above: Literal["data", "fallback"]
-    mix: Share
-    control: bool
-
-
-class Train(_Section):
-    """What is trained and how; `rank` 0 trains a layer whole, `clip` and `ema` 0 are off."""
-
-    profile: Names
-    rank: Whole
-    steps: Count
-    batch: Count
-    accumulate: Count
-    optimizer: (
-        Literal["adamw", "dadaptlion", "dadaptadam", "prodigy", "prodigyplus", "lion", "adafactor"]
-        | Class
-    )
-    lr: Positive
-    optimizer_args: dict[str, bool | int | float | str | list[float]]
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup: Whole
-    clip: Amount
-    ema: Annotated[float, Field(ge=0, lt=1)]
-    distance: Literal["mse", "l1", "huber", "fft"]
-    weighting: Literal[
-        "uniform", "min-snr", "soft-min-snr", "debiased-kohya", "debiased-onetrainer", "p2"
-    ]
-    times: Literal["uniform", "stratified", "logit-normal"]
-    mean: float
-    std: Positive
-    shift: Positive
-    seed: Seed
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    checkpoint_every: Count
-
-
-class Data(_Section):
-    """The user's images, or those the original makes: `pictures` of `replay_steps` each."""
-
-    images: Line
-    size: Whole
-    caption_dropout: Share
-    skip_broken: bool
-    prompts: Line
-    pictures: Count
-    replay_steps: Count
-    guidance: Amount
-    jitter: Share
-
-
-class Evaluate(_Section):
-    """How the result is measured: `pictures` from the same noise by both models."""
-
-    pictures: Count
-    steps: Count
-    guidance: Amount
-    solver: Names
-    batch: Count
-    seed: Seed
-    prompts: Line
-    bins: Annotated[int, Field(ge=1, le=100)]
-
-
-class Recipe(_Section):
-    """A whole run; sections are frozen, so a recipe is a value."""
-
-    about: Line
-    target: Target
-    train: Train
-    data: Data
-    evaluate: Evaluate
-
-    def digest(self, *sections: str) -> str:
-        """Sha256 of the named sections, or of all but `about`."""
-        values = self.model_dump(include=set(sections) or None, exclude={"about"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-SECTIONS: dict[str, dict[str, Any]] = {
-    "target": dict(Target.model_fields),
-    "train": dict(Train.model_fields),
-    "data": dict(Data.model_fields),
-    "evaluate": dict(Evaluate.model_fields),
-}
 
 
 def presets() -> tuple[str, ...]:
