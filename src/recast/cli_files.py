@@ -98,7 +98,8 @@ def split(
     profile: Annotated[
         str,
         typer.Option(
-            help="Which layers: lycoris-full, all, te1, te2, or blocks such as OUT02,OUT08."
+            help="Which layers: lycoris-full, kohya-conv, all, te1, te2, or blocks such as "
+            "OUT02,OUT08; those of a text encoder only if it will be trained too."
         ),
     ] = "lycoris-full",
     adapter_dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",

@@ -21,6 +21,8 @@ TEXT_SUFFIX = re.compile(r"(\.lora_linear_layer|_lora|\.lora)\.(up|down)\.weight
     [
         (SDXL, "lycoris-full", 788),
         (SDXL, "principal", 788),
+        (SDXL, "kohya-conv", 788),
+        (SD15, "kohya-conv", 278),
         (SDXL, "all", 794),
         (SDXL, "te1", 72),
         (SDXL, "te2", 192),
@@ -125,6 +127,32 @@ def test_diffusers_finds_the_same_module_by_our_names(plan: Plan) -> None:
             name = TEXT_SUFFIX.sub("", key.partition("encoder.layers.")[2])
             name = re.sub(r"to_(q|k|v|out)$", r"\1_proj", name)
             assert (site.part, site.module.partition("encoder.layers.")[2]) == (part, name)
+
+
+@pytest.mark.parametrize("plan", [SDXL, SD15], ids=["sdxl", "sd15"])
+def test_kohya_conv_is_what_its_module_classes_hold(plan: Plan) -> None:
+    """kohya's networks.lora wraps the layers inside four classes of modules, diffusers' names."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**unet_config(plan))
+    holders = {"Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
+    theirs = {
+        f"{name}.{inside}"
+        for name, module in unet.named_modules()
+        if type(module).__name__ in holders
+        for inside, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    assert {site.module for site in sites(plan, "kohya-conv")} == theirs
+    if plan.family == "sd15":
+        rest = {site.lora for site in sites(plan, "lycoris-full")}
+        rest -= {site.lora for site in sites(plan, "kohya-conv")}
+        assert rest == {
+            "lora_unet_conv_in", "lora_unet_conv_out",
+            "lora_unet_time_embedding_linear_1", "lora_unet_time_embedding_linear_2",
+        }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The places of a checkpoint that can be trained, by profile, with their names in LoRA files.
 
     lycoris-full  the matrices and convolutions of LyCORIS' preset "full": SDXL 788, SD 1.5 282
+    kohya-conv    those of kohya's networks.lora with conv_dim: SDXL the same 788, SD 1.5 278
     principal     the same
     all           also SDXL's time, label, in and out matrices: 794
     readout       every parameter of the last up block and of the output layers
@@ -27,7 +28,7 @@ from recast.layout.keymap import Entry, trace
 from recast.layout.names import TEXTS, UNET
 
 KINDS = {1: "norm", 2: "linear", 4: "conv"}
-NOT_LYCORIS = ("IN", "OUT", "TIME", "LABEL")  # SDXL's matrices that the preset leaves out
+OUTER = ("IN", "OUT", "TIME", "LABEL")  # no part of a transformer, ResNet, down- or upsampler
 MATRICES = ("linear", "conv")
 
 
@@ -139,8 +140,11 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
     def matrix(site: Site) -> bool:
         return site.part == "unet" and site.param == "weight" and site.kind in MATRICES
 
-    def full(site: Site) -> bool:
-        return matrix(site) and (plan.family != "sdxl" or site.block not in NOT_LYCORIS)
+    def inner(site: Site) -> bool:
+        return matrix(site) and site.block not in OUTER
+
+    # LyCORIS' preset names diffusers' outer layers, which SDXL's UNet in kohya's trainers has not
+    full = inner if plan.family == "sdxl" else matrix
 
     def layer(part: str) -> Callable[[Site], bool]:
         return lambda site: (
@@ -153,6 +157,7 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
     last = _last_up_block(plan)
     profiles: dict[str, Callable[[Site], bool]] = {
         "lycoris-full": full,
+        "kohya-conv": inner,
         "principal": full,
         "all": matrix,
         "readout": lambda site: site.block in last,
