@@ -67,6 +67,7 @@ class Train(_Section):
     shift: Positive
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    warm: Literal["none", "clock", "output", "clock,output"]
     checkpoint_every: Count
 
 
