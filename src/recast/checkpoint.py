@@ -1,4 +1,4 @@
-"""Single-file checkpoints: read one tensor at a time, written in one stream.
+"""Checkpoints: read one tensor at a time, written in one stream.
 
 Reading is pread into fresh memory, never a mapping: streaming a 6.9 GB file adds the size of its
 largest tensor to memory, and a file that another process truncates is an error, not a crash.
@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from recast.commit import FLAGS, commit, read_at
 from recast.errors import Refused
@@ -31,9 +31,36 @@ from recast.header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPES", "FLOATS", "Checkpoint", "Spec", "dtype_name", "write", "write_dict"]
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "Checkpoint",
+    "Spec",
+    "Store",
+    "dtype_name",
+    "write",
+    "write_dict",
+]
 
 CHUNK = 1 << 24
+
+
+class Store(Protocol):
+    """Where a checkpoint's tensors lie: one file, or whatever presents itself as one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def specs(self) -> dict[str, Spec]: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def raw(self, key: str) -> bytearray: ...
+    def sha256(self) -> str: ...
+    def close(self) -> None: ...
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -41,22 +68,28 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     Keys come in the order of the data. Opening reads and checks only the header and raises Refused
     with a sentence for whatever is not a sound file. The file stays open, so that one replaced
-    meanwhile is not mixed with its successor; `close` or a with statement ends that.
+    meanwhile is not mixed with its successor; `close` or a with statement ends that. A `store` takes
+    the place of the file; `recast.layout.open_checkpoint` has one for diffusers folders.
     """
 
-    def __init__(self, path: Path | str, *, header_limit: int = HEADER_LIMIT) -> None:
+    def __init__(
+        self, path: Path | str, *, header_limit: int = HEADER_LIMIT, store: Store | None = None
+    ) -> None:
         self.path = Path(path)
-        self._fd = _open(self.path)
-        self._close = weakref.finalize(self, os.close, self._fd)
-        try:
-            header = _read_header(self.path, self._fd, header_limit)
-        except BaseException:
-            self.close()
-            raise
-        self.specs: dict[str, Spec] = header.specs
-        self.metadata: dict[str, str] = header.metadata
-        self._data = header.data
+        self._store: Store = _File(self.path, header_limit) if store is None else store
+        self.specs: dict[str, Spec] = self._store.specs
+        self.metadata: dict[str, str] = self._store.metadata
         self._sha256: str | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that its bytes come from, which nothing may be written over."""
+        return self._store.files
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its files together."""
+        return self._store.nbytes
 
     def __getitem__(self, key: str) -> Tensor:
         """Read one tensor."""
@@ -84,24 +117,55 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def close(self) -> None:
         """Close the file; tensors read from it stay."""
-        self._close()
+        self._store.close()
 
     def raw(self, key: str) -> bytearray:
         """Read the bytes of one tensor."""
+        return self._store.raw(key)
+
+    def sha256(self) -> str:
+        """Hash of the whole file, computed once."""
+        if self._sha256 is None:
+            self._sha256 = self._store.sha256()
+        return self._sha256
+
+
+class _File:
+    """One open safetensors file."""
+
+    def __init__(self, path: Path, header_limit: int) -> None:
+        self.path = path
+        self.files = (path,)
+        self._fd = _open(path)
+        self._close = weakref.finalize(self, os.close, self._fd)
+        try:
+            header = _read_header(path, self._fd, header_limit)
+        except BaseException:
+            self.close()
+            raise
+        self.specs: dict[str, Spec] = header.specs
+        self.metadata: dict[str, str] = header.metadata
+        self._data = header.data
+
+    @property
+    def nbytes(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        self._close()
+
+    def raw(self, key: str) -> bytearray:
         spec = self.specs[key]
         data = bytearray(spec.nbytes)
         _read_into(self.path, self._fd, memoryview(data), self._data + spec.start)
         return data
 
     def sha256(self) -> str:
-        """Hash of the whole file, computed once."""
-        if self._sha256 is None:
-            found, at = hashlib.sha256(), 0
-            while chunk := read_at(self._fd, CHUNK, at):
-                found.update(chunk)
-                at += len(chunk)
-            self._sha256 = found.hexdigest()
-        return self._sha256
+        found, at = hashlib.sha256(), 0
+        while chunk := read_at(self._fd, CHUNK, at):
+            found.update(chunk)
+            at += len(chunk)
+        return found.hexdigest()
 
 
 def write(
@@ -167,9 +231,8 @@ def _open(path: Path) -> int:
     if path.is_dir():
         if (path / "model_index.json").exists() or (path / "unet").is_dir():
             raise Refused(
-                f"{path} is a diffusers folder and Recast reads single files: write one "
-                "with diffusers' scripts/convert_diffusers_to_original_sdxl.py (or "
-                "..._original_stable_diffusion.py for SD 1.5)."
+                f"{path} is a diffusers folder, and a single file is wanted here: write one with "
+                "recast export FOLDER --to single-file."
             )
         raise Refused(f"{path} is a folder: give a .safetensors file.")
     try:

@@ -74,7 +74,7 @@ def extract(
         raise Refused("give either --trained, with its --initial, or --tuned.")
     with ExitStack() as files:
         base = files.enter_context(Checkpoint(model_path(original)))
-        refuse_target(out, force=force, sources=[base.path])
+        refuse_target(out, force=force, sources=base.files)
         layout = detect(base)
         if tuned is not None:
             other = files.enter_context(Checkpoint(tuned))

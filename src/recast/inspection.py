@@ -58,7 +58,7 @@ def describe(path: Path | str, *, hashed: bool = False) -> Facts:
         facts: Facts = {
             "path": str(file.path),
             "kind": kind,
-            "bytes": file.path.stat().st_size,
+            "bytes": file.nbytes,
             "tensors": len(file.specs),
             "parameters": sum(spec.numel for spec in file.specs.values()),
             "dtypes": _dtypes(file.specs.values()),

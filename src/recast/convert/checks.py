@@ -119,7 +119,7 @@ def check_room(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
         wide = math.prod(site.shape[1:])
         trained += rank * (site.shape[0] + wide) if rank else site.shape[0] * wide
     # fp32 adapter, fp16 patch; a state holds the weights and two moments
-    size = checkpoint.path.stat().st_size + trained * (4 + 2 + STATES * 3 * 4)
+    size = checkpoint.nbytes + trained * (4 + 2 + STATES * 3 * 4)
     require_room(standing(job.out), size)
 
 
