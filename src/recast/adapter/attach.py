@@ -26,85 +26,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from recast.adapter.file import Adapter, trained_metadata
+from recast.adapter.layers import Delta, LoCon, Switch
 from recast.adapter.places import entry_name
 from recast.adapter.rebuild import check_pair
 from recast.errors import Refused
 from recast.layout import Site
 from recast.lowrank import Full, LowRank
-
-
-@dataclass
-class Switch:
-    """Who answers; shared by all layers of one attachment."""
-
-    student: bool = True
-
-
-class LoCon(nn.Module):
-    """A frozen linear or convolution layer plus the change of its low-rank factors.
-
-    `up` (O, r) and `down` (r, I[, kh, kw]) are the masters; `up0` and `down0` the start.
-    """
-
-    base: nn.Linear | nn.Conv2d
-    up0: Tensor
-    down0: Tensor
-
-    def __init__(
-        self,
-        base: nn.Linear | nn.Conv2d,
-        value: LowRank,
-        start: LowRank,
-        switch: Switch,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.switch = switch
-        self.dropout = dropout  # works in training mode and only where gradients are wanted
-        self.up, self.down = nn.Parameter(value.up.clone()), nn.Parameter(value.down.clone())
-        self.register_buffer("up0", start.up, persistent=False)
-        self.register_buffer("down0", start.down, persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight: callers look at its dtype and device."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Base output, and for the student the change on top."""
-        out = self.base(x)
-        if not self.switch.student:
-            return out
-        down = torch.cat([self.down, self.down - self.down0]).to(x.dtype)
-        up = torch.cat([self.up - self.up0, self.up0], 1).to(x.dtype)
-        x = F.dropout(x, self.dropout, self.training and torch.is_grad_enabled())
-        if isinstance(self.base, nn.Conv2d):
-            hidden = self.base._conv_forward(x, down, None)
-            return out + F.conv2d(hidden, up[:, :, None, None])
-        return out + F.linear(F.linear(x, down), up)
-
-
-class Delta(nn.Module):
-    """Parametrization weight + delta, summed in fp32 and rounded once to the weight's dtype."""
-
-    def __init__(self, value: Tensor, switch: Switch) -> None:
-        super().__init__()
-        self.switch = switch
-        self.delta = nn.Parameter(value.clone())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The parameter as the layer sees it."""
-        return (weight + self.delta).to(weight.dtype) if self.switch.student else weight
 
 
 @dataclass(frozen=True)
@@ -126,11 +56,21 @@ class Attached:
     spots: list[Spot]
     switch: Switch
     frozen: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    held: frozenset[str] = frozenset()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep entries as they are: they act, but are not among what is trained."""
+        self.held = frozenset(names)
+        for spot in self.spots:
+            if spot.name in self.held:
+                spot.layer.requires_grad_(False)
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Master parameters by their names in the adapter file, in the order of the sites."""
+        """Masters that are trained, by their names in the adapter file, in the sites' order."""
         found: dict[str, nn.Parameter] = {}
         for spot in self.spots:
+            if spot.name in self.held:
+                continue
             lora, param = spot.name.rsplit(".", 1)
             if isinstance(spot.layer, LoCon):
                 found[f"{lora}.lora_up.weight"] = spot.layer.up
@@ -140,7 +80,7 @@ class Attached:
         return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """Master parameters, always in the same order."""
+        """Masters that are trained, always in the same order."""
         return list(self.named().values())
 
     @contextmanager

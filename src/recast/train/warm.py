@@ -1,12 +1,13 @@
-"""A warm start in closed form: the time embedding learns another clock before any image is seen.
+"""Warm starts: what can be fitted in closed form before the first step.
 
-    MLP'(features(embed'(t))) = MLP(features(embed(tau(t))))     for t in [0, 1]
+    clock     MLP'(features(embed'(t))) = MLP(features(embed(tau(t))))     for t in [0, 1]
+    output    conv_out'(h(x, t)) = what the teacher answers at (x, t)      on a few latents
 
-tau(t) is the time on the source's path with the same sigma/alpha. Off by default: a frozen trunk
-with the read-out trained did no better with it in the project's prototypes.
+tau(t) is the time on the source's path with the same sigma/alpha, h what the last convolution is
+given. Off by default: docs/log.md has what each gave.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -86,3 +87,68 @@ def _error(output: Tensor, wanted: Tensor) -> float:
 
 def _weights(mlp: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in mlp.named_parameters()}
+
+
+@dataclass(frozen=True)
+class OutputFit:
+    """A new weight and bias of a convolution, and |conv(h) - wanted| / |wanted| before and after.
+
+    Errors are those of pairs that were not fitted.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    before: float
+    after: float
+
+
+@dataclass
+class _Moments:
+    """Sums over pixels of columns' products: H'H, H'Y and Y'Y, in fp64."""
+
+    gram: Tensor
+    cross: Tensor
+    square: float
+
+    def error(self, solution: Tensor) -> float:
+        """|H W - Y| / |Y|."""
+        fitted = (solution * (self.gram @ solution - 2 * self.cross)).sum().item()
+        return (max(fitted + self.square, 0.0) / self.square) ** 0.5 if self.square else 0.0
+
+
+def fit_output(
+    conv: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float = 1e-4
+) -> OutputFit:
+    """Fit a convolution of stride 1 to (input, wanted output) pairs, `conv` itself left untouched.
+
+    Every second pair is kept for the errors. The ridge, in mean squares of the columns, holds the
+    solution near the old weights.
+    """
+    old = _as_columns(conv)
+    fitted, kept = (_Moments(old.new_zeros(len(old), len(old)), old * 0, 0.0) for _ in range(2))
+    for number, (given, wanted) in enumerate(pairs):
+        _add(kept if number % 2 else fitted, conv, given, wanted)
+    gram = fitted.gram.clone()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    new = old + torch.linalg.solve(gram, fitted.cross - fitted.gram @ old)
+    weight = new[:-1].T.reshape(conv.weight.shape).float()
+    return OutputFit(weight, new[-1].float(), kept.error(old), kept.error(new))
+
+
+def _as_columns(conv: nn.Conv2d) -> Tensor:
+    """Weight and bias as the matrix that unfolded columns and a 1 are multiplied with."""
+    assert conv.bias is not None
+    with torch.no_grad():
+        return torch.cat([conv.weight.flatten(1).T, conv.bias[None]]).double()
+
+
+def _add(moments: _Moments, conv: nn.Conv2d, given: Tensor, wanted: Tensor) -> None:
+    """Add one batch's pixels, a sample at a time: unfolding makes 9 copies of the input."""
+    size, padding = conv.kernel_size, conv.padding
+    for one, answer in zip(given.split(1), wanted.split(1), strict=True):
+        columns = nn.functional.unfold(one.float(), size, padding=padding)[0].T  # type: ignore[arg-type]
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
+        y = answer.float().flatten(2)[0].T
+        moments.gram += (columns.T @ columns).double()
+        moments.cross += (columns.T @ y).double()
+        moments.square += y.double().square().sum().item()
