@@ -52,7 +52,7 @@ class Images:
 
     def draws(self, done: int) -> Iterator[Draw]:
         how, data = self.recipe.train, self.recipe.data
-        for step in range(done, how.steps):
+        for step in range(done, how.limit):
             t = times(self.recipe, step).split(how.batch)
             for micro in range(how.accumulate):
                 number = step * how.accumulate + micro
@@ -82,7 +82,7 @@ class Replay:
 
     def draws(self, done: int) -> Iterator[Draw]:
         how = self.recipe.train
-        for number in range(done * how.accumulate, how.steps * how.accumulate):
+        for number in range(done * how.accumulate, how.limit * how.accumulate):
             yield self.draw(number)
 
     def draw(self, number: int) -> Draw:

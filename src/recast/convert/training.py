@@ -75,7 +75,7 @@ def learn(
             identity={"run": identity},
         )  # fmt: skip
         skipped, length = extra["skipped"], extra["log"]
-    yield Stage("train", how.steps, "steps", done)
+    yield Stage("train", how.limit, "steps", done)
     steps = train(
         student(model, objective),
         checked(material.draws(done), objective),
@@ -96,14 +96,14 @@ def learn(
     with ExitStack() as stack:
         log = stack.enter_context(open_log(root / "log.jsonl", length))
         board = stack.enter_context(Board(root / "tb", done))
-        for step in steps if done < how.steps else ():
+        for step in steps if done < how.limit else ():
             append(log, record(step))
             board.add(step)
             yield Tick(step.step, step.loss)
             signal = stopped()
             # what a step that was skipped leaves may be lost already: older states stay
             due = step.step % how.checkpoint_every == 0 and not step.skipped
-            if signal or due or step.step == how.steps:
+            if signal or due or step.step == how.limit:
                 save(
                     root / "state", step=step.step, parameters=parameters, optimizer=optimizer,
                     ema=ema, identity={"run": identity},
@@ -173,7 +173,7 @@ def target_of(recipe: Recipe, model: Model, attached: Attached, objective: Objec
 def schedule(recipe: Recipe) -> Callable[[int], float]:
     """The recipe's learning rate as a factor of the step."""
     how = recipe.train
-    plain = SCHEDULES[how.schedule](max(1, how.steps - how.warmup))
+    plain = SCHEDULES[how.schedule](max(1, how.limit - how.warmup))
     return warmup(plain, how.warmup) if how.warmup else plain
 
 

@@ -47,7 +47,7 @@ def load(name_or_path: str | Path = "default") -> Recipe:
 def override(recipe: Recipe, **flags: Any) -> Recipe:
     """Change single keys: `override(recipe, steps=50, evaluate={"steps": 20})`.
 
-    A bare key belongs to the first section that has it, in the order target, train, data, evaluate;
+    A bare key belongs to the first section that has it, in the order of SECTIONS;
     a section's name takes a mapping. None changes nothing. Raises Refused as `load` does.
     """
     given: dict[str, Any] = {}
@@ -168,6 +168,8 @@ def _problem(detail: Any) -> str:
             "numbers, true or false, text, lists of numbers"
         )
     message = detail["msg"].removeprefix("Input ").removeprefix("String ")
+    if path == "train.steps":
+        message += ', or be "auto"'
     return f"{path} is {detail['input']!r:.60}; it {message}"
 
 

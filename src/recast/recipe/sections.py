@@ -44,7 +44,8 @@ class Train(_Section):
 
     profile: Names
     rank: Whole
-    steps: Count
+    steps: Count | Literal["auto"]
+    max_steps: Count
     batch: Count
     accumulate: Count
     optimizer: (
@@ -70,6 +71,11 @@ class Train(_Section):
     warm: Literal["none", "clock", "output", "clock,output"]
     checkpoint_every: Count
 
+    @property
+    def limit(self) -> int:
+        """The step after which a run has ended for certain."""
+        return self.steps if isinstance(self.steps, int) else self.max_steps
+
 
 class Data(_Section):
     """The user's images, or those the original makes: `pictures` of `replay_steps` each."""
@@ -77,6 +83,8 @@ class Data(_Section):
     images: Line
     size: Whole
     caption_dropout: Share
+    null: Literal["empty", "zero", "both"]
+    zero_share: Share
     skip_broken: bool
     prompts: Line
     pictures: Count
@@ -96,6 +104,18 @@ class Evaluate(_Section):
     seed: Seed
     prompts: Line
     bins: Annotated[int, Field(ge=1, le=100)]
+    judges: list[Line]
+
+
+class Watch(_Section):
+    """What is looked at while training; 0 in `validate_every` and `previews_every` is never."""
+
+    validate_every: Whole
+    validate_on: Annotated[int, Field(ge=1, le=256)]
+    alarm: bool
+    previews_every: Whole
+    previews: Annotated[int, Field(ge=1, le=256)]
+    preview_steps: Count
 
 
 class Recipe(_Section):
@@ -106,6 +126,7 @@ class Recipe(_Section):
     train: Train
     data: Data
     evaluate: Evaluate
+    watch: Watch
 
     def digest(self, *sections: str) -> str:
         """Sha256 of the named sections, or of all but `about`."""
@@ -118,4 +139,5 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "train": dict(Train.model_fields),
     "data": dict(Data.model_fields),
     "evaluate": dict(Evaluate.model_fields),
+    "watch": dict(Watch.model_fields),
 }
