@@ -77,8 +77,10 @@ def split_answers(
 ) -> Likeness:
     """Ask the original, then the residual with the adapter on top."""
     from recast.adapter import Adapter, attach
+    from recast.adapter.places import refuse_partial
     from recast.model.load import load_part
 
+    refuse_partial(residual, adapter.entries)
     model = _opened(original, question)
     wanted = answer(model, question)
     parts = {}

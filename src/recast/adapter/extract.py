@@ -20,11 +20,11 @@ from recast.adapter.rebuild import change, check_pair, refuse_other_base
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Site, detect
+from recast.layout.names import LORA_HEADS
 from recast.lowrank import Chooser, Full, LowRank, factorize, squared_norm, truncate
 from recast.markers import read_objective, strip
 
-TEXT_HEADS = {"te1": ("lora_te1_", "lora_te_"), "te2": ("lora_te2_",)}
-HEADS = {"unet": ("lora_unet_",), **TEXT_HEADS, "te": ("lora_te",)}
+HEADS = {**LORA_HEADS, "te": ("lora_te",)}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 from recast.adapter.file import Adapter
 from recast.adapter.fingerprint import Distance, distance, fingerprint, parse_fingerprint
 from recast.adapter.formats import read_adapter
-from recast.adapter.places import places
-from recast.adapter.places import refuse_residual
+from recast.adapter.places import places, refuse_residual
 from recast.adapter.rebuild import change, changed, check_pair, rebuild
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused

@@ -1,8 +1,9 @@
-"""Where the entries of an adapter lie in a checkpoint file."""
+"""Where the entries of an adapter lie in a checkpoint file; what a residual may be used for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Site, detect
+from recast.layout.names import PART_NAMES, part_of
 from recast.lowrank import Full, LowRank
 
 
@@ -63,10 +65,51 @@ def read_site(checkpoint: Checkpoint, site: Site) -> Tensor:
     return Place("", site).view(checkpoint[site.key])
 
 
+SPLIT = "recast.split"  # of a residual's header: its split parts and how many layers of each
+
+
+def split_field(sites: Iterable[Site]) -> dict[str, str]:
+    """What a residual's header says about the layers that were split, as `unet=788,te1=72`."""
+    counts = Counter(site.part for site in sites)
+    return {SPLIT: ",".join(f"{part}={counts[part]}" for part in PART_NAMES if counts[part])}
+
+
+def split_parts(metadata: Mapping[str, str]) -> dict[str, int]:
+    """The split parts of a residual and how many layers of each; empty where it does not say."""
+    fields = (field.partition("=") for field in metadata.get(SPLIT, "").split(","))
+    return {part: int(count) for part, _, count in fields if count.isdecimal()}
+
+
 def refuse_residual(checkpoint: Checkpoint) -> None:
     """Refuse a residual in the place of an original."""
     if checkpoint.metadata.get("recast.role") == "residual":
+        parts = split_parts(checkpoint.metadata)
         raise Refused(
-            f"{checkpoint.path} is the residual of a split, not a model: give the checkpoint it "
-            f"was split from (sha256 {checkpoint.metadata.get('recast.base_sha256', '?')[:12]})."
+            f"{checkpoint.path} is the residual of a split, not a model: without its adapter the "
+            f"{named(parts) or 'split part'} would run without principal weights; give the "
+            "checkpoint it was split from "
+            f"(sha256 {checkpoint.metadata.get('recast.base_sha256', '?')[:12]})."
         )
+
+
+def refuse_partial(residual: Checkpoint, entries: Mapping[str, LowRank | Full]) -> None:
+    """Refuse an adapter that leaves layers of a residual without their principal weights.
+
+    The usual case is a LoRA of the UNet alone beside a residual whose text encoders were split
+    too: it runs, with captions that mean nothing.
+    """
+    held = Counter(part_of(name) for name in entries if isinstance(entries[name], LowRank))
+    wanted = split_parts(residual.metadata)
+    short = [part for part, count in wanted.items() if held[part] < count]
+    if short:
+        counts = ", ".join(f"{held[p]} of {wanted[p]} of the {PART_NAMES[p]}" for p in short)
+        raise Refused(
+            f"{residual.path} lacks the principal weights of its {named(wanted)}, and the adapter "
+            f"brings only {counts}: the {named(short)} would answer with what is left of it; give "
+            "the whole adapter of that split, or split only what is trained."
+        )
+
+
+def named(parts: Iterable[str]) -> str:
+    """Parts in words, as `UNet and text encoder`."""
+    return " and ".join(PART_NAMES[part] for part in parts if part in PART_NAMES)

@@ -115,8 +115,8 @@ def check_pair(initial: Adapter | None, trained: Adapter) -> None:
         if trained.role.startswith("pissa"):
             raise Refused(
                 f"the adapter is {trained.role}: it holds principal parts of the weights "
-                "and means nothing without its initial adapter; name that with "
-                "--initial."
+                "and means nothing without its initial adapter; name that with --initial "
+                "(recast extract MODEL --initial … --trained … makes a change of the two)."
             )
         return
     if initial.role == "pissa-trained":

@@ -28,7 +28,7 @@ from recast.adapter.file import (
     low_rank_specs,
     low_rank_tensors,
 )
-from recast.adapter.places import Place, entry_name, places, refuse_residual
+from recast.adapter.places import Place, entry_name, places, refuse_residual, split_field
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint, write
 from recast.commit import make_folder, require_room, standing
@@ -93,6 +93,7 @@ def split(
             checkpoint, where, rules, alpha, method, adapter_dtype, residual_dtype, device, spool
         )
         header = {**checkpoint.metadata, **about, "recast.role": "residual"}
+        header |= split_field(chosen.values())
         residual = write(
             residual_path,
             run.residual_specs(),

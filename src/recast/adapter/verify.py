@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recast.adapter.file import Adapter
-from recast.adapter.places import places
+from recast.adapter.places import places, refuse_partial, refuse_residual
 from recast.adapter.rebuild import rebuild, refuse_other_base
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
@@ -84,6 +84,7 @@ def verify_split(
             f"the adapter belongs to the residual with sha256 {partner[:12]}, not to "
             f"{residual.path}; give the two files of one split."
         )
+    refuse_partial(residual, adapter.entries)
     where = places(residual, adapter.entries)
     if tolerance is None:
         tolerance = max(TOLERANCES.get(residual.specs[key].dtype, 3e-3) for key in where)
@@ -110,8 +111,10 @@ def verify_rebuilt(
 ) -> Verdict:
     """Compare a written checkpoint with the original plus its adapter, or with the original alone.
 
-    Marker tensors of the objective are left out.
+    Marker tensors of the objective are left out. Raises Refused for a residual in either place.
     """
+    for checkpoint in (original, rebuilt):
+        refuse_residual(checkpoint)
     expected: Iterator[tuple[str, Tensor]]
     if trained is None:
         expected = ((key, original[key]) for key in original.specs)

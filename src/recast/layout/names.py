@@ -18,6 +18,9 @@ TEXTS: dict[str, dict[str, str]] = {
 ROOTS = (UNET, VAE, "conditioner.", "cond_stage_model.")
 PART_NAMES = {"unet": "UNet", "vae": "VAE", "te1": "text encoder", "te2": "second text encoder"}
 
+# part: how its modules' names begin in kohya's files (SD 1.5 has no number)
+LORA_HEADS = {"unet": ("lora_unet_",), "te1": ("lora_te1_", "lora_te_"), "te2": ("lora_te2_",)}
+
 # tensors that trainers and loaders leave in files and that no network reads
 EXTRAS = tuple(
     re.compile(pattern)
@@ -44,3 +47,8 @@ def is_extra(key: str) -> bool:
 def is_adapter(key: str) -> bool:
     """Whether a tensor belongs to a LoRA or another adapter."""
     return ADAPTER.fullmatch(key) is not None
+
+
+def part_of(lora: str) -> str:
+    """The part that a kohya module name belongs to, "" for a name without a known beginning."""
+    return next((part for part, heads in LORA_HEADS.items() if lora.startswith(heads)), "")
