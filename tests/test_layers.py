@@ -10,7 +10,7 @@ LAYERS = {
     **dict.fromkeys(["errors", "events"], 0.0),
     **dict.fromkeys(["commit", "header"], 0.1),
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
-    **dict.fromkeys(["markers", "timesteps", "weighting"], 0.3),
+    **dict.fromkeys(["markers", "quantise", "timesteps", "weighting"], 0.3),
     "layout": 2,
     "text": 2.5,
     **dict.fromkeys(["model", "adapter"], 3),

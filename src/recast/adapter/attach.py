@@ -14,6 +14,9 @@ of the factors is taken in fp32 *before* it is rounded to a bf16 trunk's dtype, 
 updates are not swallowed; dropout touches only what was learnt, never the principal weights. The
 gradients with respect to B and A are those of PiSSA.
 
+A quantised base (see recast.quantise) does hold the residual, Q(R); its base(x) is Q(R) x + B0 A0 x
+and all else is the same, so that the student's answer is Q(R) x + B A x with exact factors.
+
 Everything but the masters is frozen. Layers before the first attached one therefore keep no
 activations for the backward pass: autograd has no reason to.
 """
@@ -35,6 +38,7 @@ from recast.adapter.rebuild import check_pair
 from recast.errors import Refused
 from recast.layout import Site
 from recast.lowrank import Full, LowRank
+from recast.quantise import Quantised, Quantiser
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,29 @@ def attach(
     return attached
 
 
+def quantiser(
+    adapter: Adapter,
+    sites: Iterable[Site],
+    base: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> Quantiser:
+    """What `open_model` needs to quantise round an adapter that will be attached, by its start.
+
+    base: "8bit" or "4bit". Layers with a full entry stay as they are; of those with principal
+    factors only the residual is quantised.
+    """
+    starts, whole = {}, set()
+    for site in sites:
+        entry = adapter.entries.get(entry_name(site))
+        if isinstance(entry, Full):
+            whole.add((site.part, site.module))
+        elif entry is not None and adapter.role == "pissa-init":
+            starts[site.part, site.module] = entry
+    return Quantiser(base, dtype, torch.device(device), starts, frozenset(whole))
+
+
 def _zero(entry: LowRank | Full) -> LowRank | Full:
     """Where a change started: factors without `up`."""
     return LowRank(torch.zeros_like(entry.up), entry.down) if isinstance(entry, LowRank) else entry
@@ -205,20 +232,34 @@ def _insert(
             f"{tuple(weight.shape)}; use an adapter made for this model."
         )
     if isinstance(entry, Full):
+        if isinstance(base, Quantised):
+            raise Refused(
+                f"{site.module} is kept in {base.base}, but {name} trains it whole; open the "
+                "model with a quantiser made for this adapter."
+            )
         delta = Delta(entry.delta.to(weight.device, torch.float32), switch)
         parametrize.register_parametrization(base, site.param, delta)
         return Spot(name, base, site.param, delta, entry.shape)
-    if not isinstance(base, nn.Linear | nn.Conv2d) or getattr(base, "groups", 1) != 1:
+    if not isinstance(base, nn.Linear | nn.Conv2d | Quantised) or getattr(base, "groups", 1) != 1:
         raise Refused(
             f"{name} is low-rank, but {site.module} is a {type(base).__name__}; only "
             "linear and ungrouped convolution layers take factors."
         )
     assert isinstance(start, LowRank)
-    layer = LoCon(base, _on(entry, weight), _on(start, weight), switch, dropout)
+    layer = LoCon(base, _on(entry, weight), _start(start, base, weight), switch, dropout)
     above, _, leaf = site.module.rpartition(".")
     owner = part.get_submodule(above)
     setattr(owner, leaf, layer)
     return Spot(name, owner, leaf, layer, entry.shape)
+
+
+def _start(start: LowRank, base: nn.Module, weight: Tensor) -> LowRank:
+    """The first factors where the weight lies: those that a quantised base has there already."""
+    there = base.start if isinstance(base, Quantised) else None
+    moved = _on(start, weight)
+    if there and torch.equal(there.up, moved.up) and torch.equal(there.down, moved.down):
+        return there
+    return moved
 
 
 def _on(factors: LowRank, weight: Tensor) -> LowRank:
