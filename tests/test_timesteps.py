@@ -3,7 +3,18 @@ import torch
 
 from recast.errors import Refused
 from recast.objective import EPS, FLOW, V_ZSNR, Discrete, Linear
-from recast.timesteps import SPACINGS, TIMES, grid, logit_normal, shift, stratified, uniform
+from recast.timesteps import (
+    SPACINGS,
+    TIMES,
+    grid,
+    logit_normal,
+    piecewise,
+    resolution_shift,
+    shift,
+    stratified,
+    stratified_logit_normal,
+    uniform,
+)
 
 PATHS = pytest.mark.parametrize("path", [Linear(), Discrete(), Discrete(zero_snr=True)], ids=str)
 
@@ -108,3 +119,33 @@ def test_each_path_has_its_default_and_unknown_ones_are_refused():
         grid(EPS.path, 5, spacing="nromal")
     with pytest.raises(Refused, match="at least 1"):
         grid(EPS.path, 0)
+
+
+def test_stratified_logit_normal_is_logit_normal_with_less_variance():
+    t = stratified_logit_normal(4000, 0.4, 0.7, seeded())
+    logits = torch.logit(t.double())
+    assert logits.mean().item() == pytest.approx(0.4, abs=0.005)
+    assert logits.std().item() == pytest.approx(0.7, abs=0.01)
+    assert (t.diff() < 0).any()
+    means = [stratified_logit_normal(8, generator=seeded(k)).mean() for k in range(200)]
+    free = [logit_normal(8, generator=seeded(k)).mean() for k in range(200)]
+    assert torch.stack(means).std() < torch.stack(free).std() / 3
+
+
+def test_the_shift_of_a_resolution_is_sd3s():
+    assert resolution_shift(1024 * 1024, 512) == pytest.approx(2)
+    assert resolution_shift(512 * 512, 512) == 1
+    assert resolution_shift(1024 * 256, 512) == 1
+    assert resolution_shift(12345, 0) == 1
+
+
+def test_a_piecewise_curve_is_numpys():
+    import numpy as np
+
+    points = [[0.1, 2.0], [0.4, 0.0], [0.5, 1.0], [0.9, 0.25]]
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    wanted = np.interp(t.numpy(), *zip(*points, strict=True))
+    torch.testing.assert_close(piecewise(points)(t), torch.from_numpy(wanted))
+    assert piecewise(points)(t.float()).dtype == torch.float32
+    assert piecewise(0.3)(t).unique().tolist() == [0.3]
+    assert piecewise([[0.5, 0.7]])(t).unique().tolist() == [0.7]

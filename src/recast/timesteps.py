@@ -7,7 +7,8 @@ A time is both the noise level and what the network is told, through the path al
 moves the two together, whether it is applied to a draw or to a grid.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -54,6 +55,39 @@ def stratified(n: int, generator: Generator | None = None) -> Tensor:
     return _inside((cells + torch.rand(n, generator=generator)) / n)
 
 
+def stratified_logit_normal(
+    n: int, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
+) -> Tensor:
+    """Logit-normal with one draw in each n-th of its probability, in random order."""
+    even = stratified(n, generator).double()
+    return _inside(torch.sigmoid(mean + std * torch.special.ndtri(even)).float())
+
+
+def resolution_shift(pixels: int, side: int) -> float:
+    """The shift sqrt(pixels / side²) of a picture, where a square of `side` needs none.
+
+    More pixels hide the same picture less at the same noise (Esser et al. 2024, eq. 23). Side 0
+    stands for any size.
+    """
+    return math.sqrt(pixels) / side if side else 1.0
+
+
+def piecewise(points: float | Sequence[Sequence[float]]) -> Callable[[Tensor], Tensor]:
+    """A constant, or straight lines through points (t, w), t rising, level beyond the ends."""
+    if isinstance(points, int | float):
+        return lambda t: torch.full_like(t, points)
+    times, heights = torch.tensor(points, dtype=torch.float64).T.contiguous()
+
+    def at(t: Tensor) -> Tensor:
+        x, y = times.to(t), heights.to(t)
+        right = torch.searchsorted(x, t.contiguous()).clamp(max=len(x) - 1)
+        left = (right - 1).clamp(min=0)
+        width = torch.where(right > left, x[right] - x[left], 1)
+        return torch.lerp(y[left], y[right], ((t - x[left]) / width).clamp(0, 1))
+
+    return at
+
+
 def _inside(t: Tensor) -> Tensor:
     return t.clamp(EDGE, 1 - EDGE)
 
@@ -62,6 +96,7 @@ TIMES: dict[str, Draw] = {
     "uniform": uniform,
     "logit-normal": logit_normal,
     "stratified": stratified,
+    "stratified-logit-normal": stratified_logit_normal,
 }
 
 

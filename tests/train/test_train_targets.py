@@ -6,7 +6,7 @@ from tests.train.tiny_run import draw
 from torch import Tensor
 
 from recast.objective import EPS, FLOW, V_ZSNR, V, retime
-from recast.train import from_data, from_teacher, mix, noised, replayed
+from recast.train import from_data, from_teacher, guided, mix, noised, replayed
 
 
 def oracle(x0: Tensor, objective):
@@ -92,3 +92,51 @@ def test_a_mix_has_the_gradient_of_the_summed_losses() -> None:
     nothing = mix((from_data(FLOW), torch.zeros_like))(d)
     assert nothing.weight.sum() == 0
     assert torch.isfinite(nothing.value).all()
+
+
+def test_above_its_range_data_and_fallback_may_be_averaged() -> None:
+    d = draw(0)
+    d = noised(FLOW, d.x0, torch.tensor([0.5, 0.95, 0.99, 1.0]), d.eps)
+
+    def teacher(condition: object):
+        return lambda x, t: 0.1 * x
+
+    found = {
+        above: from_teacher(teacher, EPS, FLOW, above=above)(d).value
+        for above in ("data", "fallback", "both")
+    }
+    torch.testing.assert_close(found["both"], (found["data"] + found["fallback"]) / 2)
+    assert torch.equal(found["both"][0], found["data"][0])
+    assert not torch.allclose(found["both"][1:], found["data"][1:], atol=0.1)
+
+
+@pytest.mark.parametrize("source", [EPS, V, FLOW], ids=lambda o: o.name)
+def test_a_guided_teacher_is_guidance_in_one_pass(source) -> None:
+    """What it wants is the target made of the guided x0, whatever it predicts itself."""
+    d = draw(0)
+    pictures = {"a": d.x0, "": d.x0.flip(0)}
+
+    def teacher(condition: str):
+        return oracle(pictures[condition], source)
+
+    asked = []
+
+    def null(condition: str) -> str:
+        asked.append(condition)
+        return ""
+
+    def answer(condition: str, scale: float) -> Tensor:
+        d_c = noised(FLOW, d.x0, d.t * 0.9, d.eps, condition)
+        return from_teacher(guided(teacher, null, scale), source, FLOW)(d_c).value
+
+    t = d.t * 0.9
+    x = FLOW.noise(d.x0, d.eps, t)
+    x0 = pictures[""] + 3 * (pictures["a"] - pictures[""])
+    wide = t.view(-1, 1, 1, 1)
+    wanted = FLOW.target(x0, (x - (1 - wide) * x0) / wide, t)
+    assert asked == []
+    assert torch.allclose(answer("a", 3.0), wanted, rtol=1e-2, atol=1e-2)
+    assert asked == ["a"]
+    assert torch.allclose(answer("", 3.0), answer("", 1.0))
+    plain = from_teacher(teacher, source, FLOW)(noised(FLOW, d.x0, t, d.eps, "a")).value
+    assert torch.allclose(answer("a", 1.0), plain, atol=1e-5)

@@ -1,24 +1,30 @@
 """Training: draws, targets, losses, the loop that yields steps, and the state it resumes from."""
 
+from recast.train.aware import Aware
 from recast.train.draws import Draw, check, checked, noised, replayed, seeded
 from recast.train.ema import Ema
+from recast.train.learned import Learned
 from recast.train.loop import Step, rate, train
-from recast.train.loss import DISTANCES, Criterion, Distance, Seen, Student, criterion
+from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Student, criterion
 from recast.train.schedules import SCHEDULES, Schedule, warmup
-from recast.train.state import Found, append, latest, load, log_length, open_log, save
-from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, mix
-from recast.train.warm import Fit, fit_clock
+from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
+from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, guided, mix
+from recast.train.warm import Fit, OutputFit, fit_clock, fit_output
 
 __all__ = [
     "DISTANCES",
+    "HUBERS",
     "SCHEDULES",
     "Answer",
+    "Aware",
     "Criterion",
     "Distance",
     "Draw",
     "Ema",
     "Fit",
     "Found",
+    "Learned",
+    "OutputFit",
     "Schedule",
     "Seen",
     "Step",
@@ -30,8 +36,10 @@ __all__ = [
     "checked",
     "criterion",
     "fit_clock",
+    "fit_output",
     "from_data",
     "from_teacher",
+    "guided",
     "latest",
     "load",
     "log_length",
@@ -40,6 +48,7 @@ __all__ = [
     "open_log",
     "rate",
     "replayed",
+    "restore",
     "save",
     "seeded",
     "train",

@@ -24,7 +24,8 @@ class Draw:
     """A batch of noisy samples: x0, eps, x are (B, C, H, W), t is (B,) in [0, 1].
 
     `condition` is what the net is bound to. `index` (B,) says which examples these are.
-    `teacher` is the original's answer (x0, eps) where it is already known: replay.
+    `teacher` is the original's answer (x0, eps) where it is already known: replay. `weight` (B,)
+    makes up for times that were drawn more or less often than others.
     """
 
     x0: Tensor
@@ -34,6 +35,7 @@ class Draw:
     condition: Any = None
     index: Tensor | None = None
     teacher: tuple[Tensor, Tensor] | None = None
+    weight: Tensor | None = None
 
 
 def noised(

@@ -30,15 +30,17 @@ class Step:
     """One optimizer step; `step` counts the steps done, this one included.
 
     `losses` and `times` are (B,) on the CPU over all accumulated draws: the distance of each
-    sample before weighting, and where on the path it lay. `loss` is the weighted mean that was
-    minimised. `lr` is the rate in effect (times `d`, which is 1 unless the optimizer adapts it).
-    `skipped` counts the steps skipped in a row up to here: 0 if this one was taken.
+    sample before weighting, and where on the path it lay; `weighted` are the distances weighted,
+    and `loss` the mean of these that was minimised. `lr` is the rate in effect (times `d`, which is
+    1 unless the optimizer adapts it). `skipped` counts the steps skipped in a row up to here: 0 if
+    this one was taken.
     """
 
     step: int
     loss: float
     losses: Tensor
     times: Tensor
+    weighted: Tensor
     grad_norm: float
     lr: float
     d: float
@@ -58,35 +60,41 @@ def train(
     done: int = 0,
     skipped: int = 0,
     autocast: torch.dtype | None = None,
+    partner: Optimizer | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
 ) -> Iterator[Step]:
     """Train everything the optimizer holds, `accumulate` draws to a step, until draws run out.
 
     Accumulated draws count alike, whatever their batch size. To resume, pass `done` and
     `skipped` of the last Step and draws that go on where it stopped. `autocast` is the dtype of
-    the net's forward pass; losses are fp32. `backward` is accelerate's when it drives the run.
-    Raises Diverged at the third step in a row that is not finite; then the state last saved is
+    the net's forward pass; losses are fp32. `partner` holds what the criterion learns by itself;
+    it steps along, unclipped and at its own rate. `backward` is accelerate's when it drives the
+    run. Raises Diverged at the third step in a row that is not finite; then the state last saved is
     the one to go back to.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device.type
     remaining = iter(draws)
     while micro := list(islice(remaining, accumulate)):
-        set_rate(optimizer, schedule(done) if schedule else 1.0)
-        optimizer.zero_grad(set_to_none=True)
+        set_rate(optimizer, schedule(done) if schedule else 1.0, done)
+        for each in (optimizer, partner):
+            if each:
+                each.zero_grad(set_to_none=True)
         forward: AbstractContextManager = (
             torch.autocast(device, autocast) if autocast else nullcontext()
         )
 
         # gradients
-        shares, losses = [], []
+        shares, losses, weighted = [], [], []
         for draw in micro:
             with forward:
                 seen = criterion(net, draw)
-            loss = seen.weighted.mean() / len(micro)
+            evened = seen.weighted if draw.weight is None else seen.weighted * draw.weight
+            loss = evened.mean() / len(micro)
             backward(loss)
             shares.append(loss.detach())
             losses.append(seen.distance.detach().float())
+            weighted.append(seen.weighted.detach().float())
         norm = _clip(parameters, clip)
         total = torch.stack(shares).sum().item()
 
@@ -97,6 +105,8 @@ def train(
         lr, d = rate(optimizer)
         if finite:
             optimizer.step()
+            if partner:
+                partner.step()
             if ema:
                 ema.update()
         elif skipped >= PATIENCE:
@@ -105,13 +115,20 @@ def train(
                 f"the {skipped}. step in a row that is not finite; lower the learning rate"
             )
         times = torch.cat([draw.t.detach().float() for draw in micro]).cpu()
-        yield Step(done, total, torch.cat(losses).cpu(), times, norm, lr, d, skipped)
+        each_loss, each_weighted = torch.cat(losses).cpu(), torch.cat(weighted).cpu()
+        yield Step(done, total, each_loss, times, each_weighted, norm, lr, d, skipped)
 
 
-def set_rate(optimizer: Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times the rate it was built with."""
+def set_rate(optimizer: Optimizer, factor: float, done: int = 0) -> None:
+    """Set every group's rate to `factor` times the rate it was built with.
+
+    A group with the key "since" waits until so many steps are `done`: no rate and no gradients.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        waits = done < group.get("since", 0)
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (0.0 if waits else factor)
+        for parameter in group["params"] if "since" in group else ():
+            parameter.requires_grad_(not waits)
 
 
 def rate(optimizer: Optimizer) -> tuple[float, float]:

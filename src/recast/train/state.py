@@ -130,9 +130,30 @@ def load(
         if ema is not None:
             _copy(dict(zip(parameters, ema.tensors, strict=True)), file("ema"))
             ema.count = scalars["ema"]
-        _restore(optimizer, unflatten(scalars["optimizer"], tensors))
+        restore(optimizer, unflatten(scalars["optimizer"], tensors))
         _set_rng({k[4:]: tensors[k] for k in tensors if k.startswith("rng.")})
         return scalars["step"], unflatten(scalars["extra"], tensors)
+
+
+def restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state with the dtypes it was saved with.
+
+    torch casts state to the parameter's dtype on load, which ends bit-exact resume for optimizers
+    that mix precisions; so the saved tensors are put back over the loaded ones. They are copied,
+    because sums of a tensor can depend on how its memory is aligned.
+    """
+    optimizer.load_state_dict(saved)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        mine = optimizer.state[held[index]]
+        for key, value in state.items():
+            mine[key] = _placed(value, mine[key])
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        for key, value in group.items():
+            # adaptive optimizers keep running sums here, on the parameters' device
+            if isinstance(value, Tensor):
+                group[key] = value.to(device)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -222,27 +243,6 @@ def _same_specs(path: Path, parameters: Mapping[str, Tensor], saved: Checkpoint)
 def _copy(into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     for name, tensor in into.items():
         tensor.copy_(saved[name])
-
-
-def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state with the dtypes it was saved with.
-
-    torch casts state to the parameter's dtype on load, which ends bit-exact resume for optimizers
-    that mix precisions; so the saved tensors are put back over the loaded ones. They are copied,
-    because sums of a tensor can depend on how its memory is aligned.
-    """
-    optimizer.load_state_dict(saved)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
-        mine = optimizer.state[held[index]]
-        for key, value in state.items():
-            mine[key] = _placed(value, mine[key])
-    for group in optimizer.param_groups:
-        device = group["params"][0].device
-        for key, value in group.items():
-            # adaptive optimizers keep running sums here, on the parameters' device
-            if isinstance(value, Tensor):
-                group[key] = value.to(device)
 
 
 def _placed(saved: Any, loaded: Any) -> Any:

@@ -45,14 +45,14 @@ def from_teacher(
     source: Objective,
     objective: Objective,
     *,
-    above: Literal["data", "fallback"] = "data",
+    above: Literal["data", "fallback", "both"] = "data",
     control: bool = False,
 ) -> Target:
     """The output of the original, expressed in the new objective; replay draws bring it along.
 
     Above the source's range the data target takes over, or the original's answer at its last
-    noise level (`fallback`). `control` weights by min(1, alpha²/0.05), against the growth of the
-    teacher's error by 1/alpha.
+    noise level (`fallback`), or the mean of the two (`both`). `control` weights by
+    min(1, alpha²/0.05), against the growth of the teacher's error by 1/alpha.
     """
 
     def answer(draw: Draw) -> Tensor:
@@ -63,7 +63,8 @@ def from_teacher(
         if above == "fallback":
             return value
         inside = source.path.covers(*objective.path(draw.t)).view(-1, 1, 1, 1)
-        return torch.where(inside, value, objective.target(draw.x0, draw.eps, draw.t))
+        data = objective.target(draw.x0, draw.eps, draw.t)
+        return torch.where(inside, value, data if above == "data" else (data + value) / 2)
 
     def target(draw: Draw) -> Answer:
         alpha, _ = objective.path(draw.t)
@@ -71,6 +72,25 @@ def from_teacher(
         return Answer(answer(draw), weight)
 
     return target
+
+
+def guided(teacher: Teacher, null: Callable[[Any], Any], scale: float) -> Teacher:
+    """A teacher that answers as guidance would have it: n + scale (c - n), n without the prompt.
+
+    `null` gives the condition without prompt that belongs to a condition. What learns from it
+    paints as with guidance in one pass (Meng et al. 2023); rows without prompt stay as they are.
+    """
+
+    def bound(condition: Any) -> Net:
+        prompted, unprompted = teacher(condition), teacher(null(condition))
+
+        def answer(x: Tensor, t: Tensor) -> Tensor:
+            n = unprompted(x, t)
+            return n + scale * (prompted(x, t) - n)
+
+        return answer
+
+    return bound
 
 
 def mix(*parts: tuple[Target, Share]) -> Target:
