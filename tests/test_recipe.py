@@ -86,6 +86,9 @@ def test_a_recipe_names_only_what_differs(tmp_path: Path) -> None:
         ("train = 3", "train is 3"),
         ('[data]\nimages = "a\\u0000b"', "data.images is"),
         ("[train]\nprofile = '../x'", "train.profile is '../x'"),
+        ("[train]\nrates = {OUT08 = 0}", "train.rates is 0; it should be greater than 0"),
+        ("[noise]\nofset = 1.0", "'noise.ofset'; the nearest is 'noise.offset'"),
+        ("[train]\nhuber_c = 0.0", "train.huber_c is 0.0; it should be greater than 0"),
         ("[train", "not valid TOML"),
         ("x = " + "[" * 3000, "not valid TOML"),
     ],
@@ -157,13 +160,19 @@ def test_names_are_those_of_the_tables() -> None:
     from recast.objective import OBJECTIVES
     from recast.optim import OPTIMIZERS
     from recast.timesteps import TIMES
-    from recast.train.loss import DISTANCES
+    from recast.train.loss import DISTANCES, HUBERS
     from recast.train.schedules import SCHEDULES
     from recast.weighting import WEIGHTINGS
 
     assert permitted("target", "objective") == {*OBJECTIVES, "same"}
     assert permitted("train", "optimizer") >= set(OPTIMIZERS)
-    train = {"times": TIMES, "distance": DISTANCES, "schedule": SCHEDULES, "weighting": WEIGHTINGS}
+    train = {
+        "times": [*TIMES, "loss-aware"],
+        "distance": DISTANCES,
+        "huber_schedule": HUBERS,
+        "schedule": SCHEDULES,
+        "weighting": [*WEIGHTINGS, "edm2"],
+    }
     for key, table in train.items():
         assert permitted("train", key) == set(table), key
 
@@ -171,3 +180,24 @@ def test_names_are_those_of_the_tables() -> None:
 def test_recipes_need_no_torch() -> None:
     code = "import sys, recast.recipe as r; r.load(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"})
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.25, [[0, 0.5]], [[0, 0], [0.5, 1.0], [1, 0.25]]])
+def test_a_curve_is_a_number_or_points(value: object, tmp_path: Path) -> None:
+    recipe = override(load(), target={"mix": value}, train={"curve": value})
+    assert recipe.target.mix == recipe.train.curve == value
+    assert load(write(tmp_path, dump_toml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2, -1, True, "0.5", [], [0, 1], [[0.5, 1], [0.2, 1]], [[0, 1, 2]], [[0, 1.5]], [[-0.1, 1]]],
+)
+def test_other_curves_are_refused_in_one_sentence(value: object) -> None:
+    with pytest.raises(Refused, match=r"target\.mix is .*; it should be a number from 0 to 1, or"):
+        override(load(), target={"mix": value})
+
+
+def test_places_are_all_that_is_ever_trained() -> None:
+    assert load().train.places == "readout"
+    assert override(load(), widen="time,IN01").train.places == "readout,time,IN01"

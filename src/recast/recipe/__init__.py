@@ -167,7 +167,9 @@ def _problem(detail: Any) -> str:
             f"{path} is {detail['input']!r:.60}; permitted are "
             "numbers, true or false, text, lists of numbers"
         )
-    message = detail["msg"].removeprefix("Input ").removeprefix("String ")
+    message = detail["msg"]
+    for prefix in ("Input ", "String ", "Value error, "):
+        message = message.removeprefix(prefix)
     if path == "train.steps":
         message += ', or be "auto"'
     return f"{path} is {detail['input']!r:.60}; it {message}"

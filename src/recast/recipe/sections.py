@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
@@ -25,6 +26,33 @@ Class = Annotated[
 ]
 
 
+def _curve(most: float) -> PlainValidator:
+    """Permit a number or points [[t, w], ...] with t rising within 0 to 1 and w in 0 to `most`."""
+
+    def within(value: Any, limit: float) -> bool:
+        return type(value) in (int, float) and 0 <= value <= limit
+
+    def check(value: Any) -> float | list[list[float]]:
+        points = value if isinstance(value, list) else [[0, value]]
+        whole = all(isinstance(p, list) and len(p) == 2 for p in points)
+        right = whole and all(within(t, 1) and within(w, most) for t, w in points)
+        if not (right and points) or any(a[0] >= b[0] for a, b in pairwise(points)):
+            ends = f"from 0 to {most}" if most < MANY else "of 0 or more"
+            raise ValueError(
+                f"should be a number {ends}, or points [[t, w], ...] with t rising "
+                f"from 0 to 1 at most and each w a number {ends}"
+            )
+        floats = [[float(t), float(w)] for t, w in points]
+        return floats if isinstance(value, list) else floats[0][1]
+
+    return PlainValidator(check)
+
+
+MANY = 1e9
+Shares = Annotated[float | list[list[float]], _curve(1)]
+Weights = Annotated[float | list[list[float]], _curve(MANY)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -34,15 +62,23 @@ class Target(_Section):
 
     objective: Literal["eps", "v", "v-zsnr", "flow", "x0", "same"]
     teacher: Literal["teacher", "data", "mix"]
-    above: Literal["data", "fallback"]
-    mix: Share
+    above: Literal["data", "fallback", "both"]
+    mix: Shares
     control: bool
+    guided: Amount
 
 
 class Train(_Section):
-    """What is trained and how; `rank` 0 trains a layer whole, `clip` and `ema` 0 are off."""
+    """What is trained and how; `rank` 0 trains a layer whole, `clip` and `ema` 0 are off.
+
+    `widen` names further layers, "" none, that join after the share `widen_at` of the steps.
+    """
 
     profile: Names
+    rates: dict[Names, Positive]
+    widen: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[A-Za-z0-9_.,* -]*$")]
+    widen_at: Share
+    widen_rate: Positive
     rank: Whole
     steps: Count | Literal["auto"]
     max_steps: Count
@@ -59,13 +95,24 @@ class Train(_Section):
     clip: Amount
     ema: Annotated[float, Field(ge=0, lt=1)]
     distance: Literal["mse", "l1", "huber", "fft"]
+    huber_c: Annotated[float, Field(gt=0, le=1)]
+    huber_schedule: Literal["constant", "exponential", "snr"]
+    fft_phase: Amount
+    fft_bands: Annotated[list[Amount], Field(max_length=64)]
     weighting: Literal[
-        "uniform", "min-snr", "soft-min-snr", "debiased-kohya", "debiased-onetrainer", "p2"
+        "uniform", "min-snr", "soft-min-snr", "debiased-kohya", "debiased-onetrainer", "p2", "edm2"
     ]
-    times: Literal["uniform", "stratified", "logit-normal"]
+    gamma: Positive
+    p2_k: Positive
+    p2_gamma: Amount
+    edm2_lr: Positive
+    curve: Weights
+    times: Literal["uniform", "stratified", "logit-normal", "stratified-logit-normal", "loss-aware"]
     mean: float
     std: Positive
+    aware_floor: Annotated[float, Field(gt=0, le=1)]
     shift: Positive
+    shift_side: Whole
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     warm: Literal["none", "clock", "output", "clock,output"]
@@ -75,6 +122,21 @@ class Train(_Section):
     def limit(self) -> int:
         """The step after which a run has ended for certain."""
         return self.steps if isinstance(self.steps, int) else self.max_steps
+
+    @property
+    def places(self) -> str:
+        """Every layer that is trained sooner or later, as a profile."""
+        return f"{self.profile},{self.widen}" if self.widen else self.profile
+
+
+class Noise(_Section):
+    """How the noise on images departs from plain; 0 in each is off. Replay brings its own."""
+
+    multires: Whole
+    multires_discount: Share
+    offset: Amount
+    perturbation: Amount
+    pairing: Literal["none", "optimal"]
 
 
 class Data(_Section):
@@ -124,6 +186,7 @@ class Recipe(_Section):
     about: Line
     target: Target
     train: Train
+    noise: Noise
     data: Data
     evaluate: Evaluate
     watch: Watch
@@ -137,6 +200,7 @@ class Recipe(_Section):
 SECTIONS: dict[str, dict[str, Any]] = {
     "target": dict(Target.model_fields),
     "train": dict(Train.model_fields),
+    "noise": dict(Noise.model_fields),
     "data": dict(Data.model_fields),
     "evaluate": dict(Evaluate.model_fields),
     "watch": dict(Watch.model_fields),
