@@ -158,7 +158,7 @@ class Quantised(nn.Module):
 
 
 class _Frozen(torch.autograd.Function):
-    """A layer's product: its backward pass dequantises again, and the input alone has a gradient."""
+    """A layer's product: its backward pass dequantises again, for the input alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:

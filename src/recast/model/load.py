@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
-from recast.layout import Layout, detect, from_file, keymap
+from recast.layout import Layout, detect, from_file, keymap, open_checkpoint
 from recast.layout.names import PART_NAMES
 from recast.markers import read_objective
 from recast.model.networks import Model
 from recast.objective import OBJECTIVES
+from recast.quantise import Quantiser
 
 SIZES = {"sdxl": 1024, "sd15": 512}
 SIZE_KEY = "recast.size"
@@ -33,13 +34,15 @@ def open_model(
     device: str | torch.device = "cpu",
     parts: Iterable[str] | None = None,
     objective: str | None = None,
+    quantiser: Quantiser | None = None,
 ) -> Model:
-    """Open a checkpoint's networks; `parts` must be there, None takes all that are.
+    """Open the networks of a file or a diffusers folder; `parts` must be there, None takes all that are.
 
-    The objective is read from the file's markers; `objective` overrides them.  Raises Refused where
-    markers contradict each other, a part is missing, or names and shapes do not match one to one.
+    The objective is read from the file's markers; `objective` overrides them.  A `quantiser` takes
+    the layers that it wants, each as it is read.  Raises Refused where markers contradict each
+    other, a part is missing, or names and shapes do not match one to one.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(Path(source))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if dtype not in DTYPES:
         raise Refused(
             f"{dtype} is no precision to run a model in: choose float32, float16, bfloat16."
@@ -53,7 +56,9 @@ def open_model(
     chosen = OBJECTIVES[stated_objective(checkpoint, objective)]
     device = torch.device(device)
     modules = {
-        part: load_part(checkpoint, layout, part, torch.float32 if part == "vae" else dtype, device)
+        part: load_part(
+            checkpoint, layout, part, torch.float32 if part == "vae" else dtype, device, quantiser
+        )
         for part in wanted(checkpoint, layout, parts)
     }
     return Model(
@@ -110,11 +115,16 @@ def preferred_size(checkpoint: Checkpoint, layout: Layout) -> int:
 
 
 def load_part(
-    checkpoint: Checkpoint, layout: Layout, part: str, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    layout: Layout,
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantiser: Quantiser | None = None,
 ) -> nn.Module:
     """Return one module with its weights, frozen, in evaluation mode."""
     module = build(layout, part)
-    fill(module, from_file(keymap(layout), checkpoint, part), dtype, device, part)
+    fill(module, from_file(keymap(layout), checkpoint, part), dtype, device, part, quantiser)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -143,23 +153,30 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     part: str,
+    quantiser: Quantiser | None = None,
 ) -> None:
-    """Set every parameter and stored buffer exactly once; refuses by name what does not fit."""
+    """Set every parameter and stored buffer exactly once; refuses by name what does not fit.
+
+    Layers that the quantiser takes are replaced as soon as their weight is read.
+    """
     waiting = set(module.state_dict())
     for name, tensor in tensors:
         if name not in waiting:
             raise Refused(f"The {PART_NAMES[part]} has no place left for {name}.")
-        owner = module.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
+        above, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(above)
         place = getattr(owner, leaf)
         if place.shape != tensor.shape:
             raise Refused(
                 f"The {PART_NAMES[part]}'s {name} is {tuple(tensor.shape)} in the file, "
                 f"{tuple(place.shape)} in the network."
             )
+        waiting.remove(name)
+        if leaf == "weight" and quantiser and (layer := quantiser(part, above, owner, tensor)):
+            module.set_submodule(above, layer)
+            continue
         value = tensor.to(device=device, dtype=dtype, copy=True)  # rows of a stack share memory
         setattr(owner, leaf, nn.Parameter(value) if isinstance(place, nn.Parameter) else value)
-        waiting.remove(name)
     if waiting:
         first = ", ".join(sorted(waiting)[:5])
         raise Refused(
