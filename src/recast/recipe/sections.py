@@ -115,6 +115,7 @@ class Train(_Section):
     shift_side: Whole
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    base: Literal["full", "8bit", "4bit"]
     warm: Literal["none", "clock", "output", "clock,output"]
     checkpoint_every: Count
 
