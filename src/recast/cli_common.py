@@ -25,6 +25,9 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda if there is one).")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Far = Annotated[
+    bool, typer.Option("--far", help="Take the patch however far MODEL is from its base.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out broken images, naming them.")

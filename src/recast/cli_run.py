@@ -10,6 +10,7 @@ import typer
 from recast import console
 from recast.cli_common import (
     Device,
+    Far,
     Force,
     Json,
     Model,
@@ -35,9 +36,18 @@ def convert(
     to: Annotated[
         str, typer.Option(help="What it shall predict: flow, v-zsnr, v, eps, x0.")
     ] = "flow",
+    via: Annotated[
+        list[str] | None,
+        typer.Option(help="An objective on the way, a run of its own; may be given again."),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Images with .txt captions; none: the model dreams its own.")
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Begin with a related model's patch instead of from nothing."),
+    ] = None,
+    far: Far = False,
     recipe: Recipe = "default",
     steps: Steps = None,
     seed: Seed = None,
@@ -56,12 +66,13 @@ def convert(
     from recast.convert import Job, run
 
     job = Job(
-        model_path(model), out, _recipe(recipe, to, steps, seed), images=images, source=source,
-        device=device_of(device), skip_broken=skip_broken, force=force,
+        model_path(model), out, recipe_of(recipe, to, steps, seed), images=images, source=source,
+        device=device_of(device), skip_broken=skip_broken, force=force, via=tuple(via or ()),
+        start=from_, far=far,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
-    _show_report(out, json)
+    show_report(out, json)
 
 
 def train(
@@ -87,7 +98,7 @@ def train(
     from recast.convert import Job, run
 
     job = Job(
-        model_path(model), out, _recipe(recipe, None, steps, seed, rank=rank), images=images,
+        model_path(model), out, recipe_of(recipe, None, steps, seed, rank=rank), images=images,
         source=source, device=device_of(device), skip_broken=skip_broken, force=force,
         measure=False,
     )  # fmt: skip
@@ -159,7 +170,7 @@ def report(
 
     loaded = load_report(run)
     write_report(run, loaded)
-    _show_report(run, json)
+    show_report(run, json)
 
 
 def demo(
@@ -185,7 +196,7 @@ def demo(
     convert("pocket-xl", out=out, to="flow", images=folder)
 
 
-def _show_report(out: Path, as_json: bool) -> None:
+def show_report(out: Path, as_json: bool) -> None:
     """The table, then the four things a user wants to know: where, how to load, kept, lost."""
     from recast.evaluate.report import load_report
 
@@ -196,7 +207,7 @@ def _show_report(out: Path, as_json: bool) -> None:
         show(loaded, out)
 
 
-def _recipe(
+def recipe_of(
     name: str, to: str | None, steps: int | None, seed: int | None, *, rank: int | None = None
 ) -> RecipeModel:
     from recast.recipe import load, override

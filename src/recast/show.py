@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import normpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,11 @@ def show(report: Report, folder: Path) -> None:
         table.add_row(row.name, row.original, row.converted, label)
     OUT.print(table)
     say(summary(report))
+    for note in report.notes:
+        say(note)
     say()
     for file in report.files:
-        say(f"{folder / file.name}  ({file.bytes / 1e6:.1f} MB): {file.use}")
+        say(f"{normpath(folder / file.name)}  ({file.bytes / 1e6:.1f} MB): {file.use}")
     for howto in report.howto:
         say()
         say(f"{howto.program}: {howto.text}")

@@ -8,7 +8,7 @@ Every artefact carries the run's digest, so the same command goes on at the firs
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,24 +19,29 @@ from recast.events import Event, Note, Stage, Tick
 from recast.recipe import Recipe, dump_toml, load, override
 
 if TYPE_CHECKING:
-    from recast.adapter import Adapter
     from recast.data.folder import Example
-    from recast.layout import Site
     from recast.model import Model
 
 OUTPUTS = (
-    "model.safetensors",
+MODEL = "model.safetensors"
+    MODEL,
     "adapter.safetensors",
     "patch.safetensors",
     "initial.safetensors",
     "report.html",
+    "start.safetensors",
     "report.json",
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to convert, where to, and how; `measure` off leaves the report out (plain training)."""
+    """What to convert, where to, and how; `measure` off leaves the report out (plain training).
+
+    via: objectives on the way, each a run of its own. start: a patch to begin with, `trains` off
+    adds it and trains nothing, `far` takes it for any model. file: where the model is written, if
+    not into `out`.
+    """
 
     model: Path
     out: Path
@@ -48,6 +53,11 @@ class Job:
     force: bool = False
     measure: bool = True
 
+    via: tuple[str, ...] = ()
+    start: Path | None = None
+    trains: bool = True
+    far: bool = False
+    file: Path | None = None
 
 def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     """Do the job, or what is missing of it; yields progress.
@@ -60,8 +70,14 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
         with lock(job.out):
             folder = claim(job.out, identity, outputs=OUTPUTS, force=job.force)
             write_recipe(folder, job.recipe)
-            yield from train_stage(checkpoint, folder, job, source, objective, stopped)
-            yield from file_stage(checkpoint, folder, job, objective)
+            folder = replace(folder, elsewhere={} if job.file is None else {MODEL: job.file})
+            if job.via:
+                from recast.convert.chain import legs_stage
+
+                yield from legs_stage(checkpoint, folder, job, source, objective, stopped)
+            else:
+                yield from train_stage(checkpoint, folder, job, source, objective, stopped)
+            yield from file_stage(checkpoint, folder, job, source, objective)
             if not job.measure:
                 return
             from recast.convert.measure import measure
@@ -78,19 +94,23 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks
+    from recast.convert import checks, start
     from recast.convert.material import examples_of, images_of, skips_broken
 
     checks.check_out(job.out)
     layout = checks.check_model(checkpoint, job.recipe)
     source, objective = checks.objectives(checkpoint, job)
     checks.check_recipe(job, checkpoint)
+    checks.check_way(job, source, objective)
     images = images_of(job)
+    start.check(checkpoint, job, source, objective)
     found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
     identity = identify(checkpoint, job, source, objective, found)
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
     if not resumes:
+    checks.check_file(job, identity)
         checks.check_room(checkpoint, layout, job)
+        yield from start.check_distance(checkpoint, job)
         if found:
             yield from checks.check_images(found, skip_broken=skips_broken(job))
     return source, objective, identity
@@ -102,6 +122,7 @@ def identify(
     """What names this run: the model, the images, the recipe."""
     from recast.convert.material import dream_plan, images_digest
 
+    from recast.convert.start import identity
     dreamt = "" if found else f"dreamt {dream_plan(job, checkpoint, objective).digest('')}"
     recipe = job.recipe.model_dump(exclude={"about"})
     # see in_header
@@ -113,6 +134,8 @@ def identify(
         "images": dreamt or images_digest(found),
         "recipe": recipe,
     }
+        **({"via": list(job.via)} if job.via else {}),
+        **identity(job),
 
 
 def write_recipe(folder: Folder, recipe: Recipe) -> None:
@@ -141,22 +164,29 @@ def train_stage(
         return
     from recast.adapter import attach, write_adapter
     from recast.convert.material import gather
+    from recast.convert.start import as_it_is, begin
+
+    about = {**folder.stamp(), "recast.objective": objective}
+    place = folder.path("adapter.safetensors")
+    if not job.trains:
+        write_adapter(place, as_it_is(checkpoint, job), metadata=about, force=True)
+        return
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
 
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
     model = open_part(job, source, ("unet",))
-    initial, sites = start(checkpoint, folder, model, job.recipe)
-    attached = attach({"unet": model.unet}, initial, sites)
+    start = yield from begin(checkpoint, folder, model, job, material, target)
+    attached = attach({"unet": model.unet}, start.adapter, start.sites)
+    attached.hold(start.held)
     try:
         trained = yield from learn(
             model, attached, material, job.recipe, target, folder.root, folder.digest, stopped
         )
     finally:
         attached.detach()
-    about = {**folder.stamp(), "recast.objective": objective}
-    write_adapter(folder.path("adapter.safetensors"), trained, metadata=about, force=True)
+    write_adapter(place, trained, metadata=about, force=True)
 
 
 def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
@@ -168,33 +198,14 @@ def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
     return open_model(job.model, dtype=dtype, device=job.device, parts=parts, objective=source)
 
 
-def start(
-    checkpoint: Checkpoint, folder: Folder, model: Model, recipe: Recipe
-) -> tuple[Adapter, list[Site]]:
-    """The adapter before training, and its sites: principal factors, or zero changes.
-
-    Factors are written to `initial.safetensors` and from then on read from there: a resumed run
-    must start from the very bytes it started from.
-    """
-    from recast.adapter import read_adapter, write_adapter
-    from recast.adapter.decompose import decompose, zeros_full
-
-    sites = model.layout.sites(recipe.train.profile)
-    if not recipe.train.rank:
-        return zeros_full(checkpoint, sites), sites
-    path = folder.path("initial.safetensors")
-    if not folder.has(path.name):
-        found = decompose(checkpoint, sites, recipe.train.rank)
-        write_adapter(path, found, metadata=folder.stamp(), force=True)
-    return read_adapter(path), sites
-
-
-def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str) -> Iterator[Event]:
+def file_stage(
+    checkpoint: Checkpoint, folder: Folder, job: Job, source: str, objective: str
+) -> Iterator[Event]:
     """Write the patch and the converted checkpoint from the original and what was trained."""
-    if folder.has("patch.safetensors") and folder.has("model.safetensors"):
+    if folder.has("patch.safetensors") and folder.has(MODEL):
         return
     from recast.adapter import read_adapter, write_adapter
-    from recast.adapter.patch import patch_from
+    from recast.adapter.patch import patch_from, portable
     from recast.adapter.rebuild import write_rebuilt
 
     trained = read_adapter(folder.path("adapter.safetensors"))
@@ -205,13 +216,15 @@ def file_stage(checkpoint: Checkpoint, folder: Folder, job: Job, objective: str)
     if not folder.has("patch.safetensors"):
         patch = patch_from(initial, trained)
         about = {**folder.stamp(), "recast.objective": objective}
+        if source != objective:
+            patch = portable(patch, checkpoint, source)
         write_adapter(
             folder.path("patch.safetensors"), patch, metadata=about, dtype="F16", force=True
         )
     yield Tick(1)
-    if not folder.has("model.safetensors"):
+    if not folder.has(MODEL):
         write_rebuilt(
-            checkpoint, initial, trained, folder.path("model.safetensors"), objective=objective,
+            checkpoint, initial, trained, folder.path(MODEL), objective=objective,
             metadata={**folder.stamp(), "recast.recipe": dump_toml(in_header(job.recipe))},
             force=True,
         )  # fmt: skip

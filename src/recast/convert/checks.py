@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from recast.adapter import refuse_residual
 from recast.adapter.decompose import matrices
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room, standing
+from recast.convert.folder import Folder, digest_of
 from recast.errors import Refused
 from recast.events import Event, Stage, Tick
 from recast.layout import Layout, detect
@@ -108,6 +110,33 @@ def check_out(out: Path) -> None:
         raise Refused(
             f"--out {out}: {found} cannot be written to; name another place or "
             "change its permissions."
+        )
+
+
+def check_way(job: Job, source: str, objective: str) -> None:
+    """Refuse objectives on the way that do not exist or that a leg would end where it began."""
+    if not job.via:
+        return
+    if odd := [name for name in job.via if name not in OBJECTIVES]:
+        raise Refused(f"no objective {odd[0]!r}: --via takes one of {', '.join(OBJECTIVES)}.")
+    if job.start is not None:
+        raise Refused("a patch makes the whole way at once: leave --via or --from out.")
+    way = [source, *job.via, objective]
+    if twice := [one for one, other in pairwise(way) if one == other]:
+        raise Refused(
+            f"the way {' → '.join(way)} has {twice[0]} twice in a row: leave one of them out."
+        )
+
+
+def check_file(job: Job, identity: Mapping[str, object]) -> None:
+    """Refuse to replace a model file outside the run folder that is not this run's."""
+    if job.file is None or job.force or not job.file.exists():
+        return
+    digest = digest_of(identity)
+    if not Folder(job.out, digest, {"model.safetensors": job.file}).has("model.safetensors"):
+        raise Refused(
+            f"{job.file} exists and is no file of this run: give another --out, "
+            "or --force to replace it."
         )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ USES = {
     "patch.safetensors": "the change alone; ComfyUI adds it to the original as a LoRA",
     "adapter.safetensors": "what was trained, in full precision",
     "initial.safetensors": "the adapter before training",
+    "start.safetensors": "the changes that training began with",
 }
 NO_JUDGE = "no judge for this model"
 
@@ -107,8 +109,9 @@ def compose(
         settings=job.recipe.model_dump(exclude={"about"}),
         version=__version__,
         command=command(job, objective),
-        losses=losses(folder),
+        losses=losses(log_of(job, folder, objective)),
         files=listing(folder),
+        notes=notes(job, folder),
     )  # fmt: skip
 
 
@@ -143,11 +146,21 @@ def picked(test: Test, pictures: dict[str, list[Tensor]]) -> tuple[Shot, ...]:
 
 def command(job: Job, objective: str) -> str:
     """The command that repeats this run, from the recipe that its folder holds."""
-    words = ["recast", "convert", job.model.stem if _shipped(job.model) else str(job.model)]
-    words += ["--to", objective, "--out", str(job.out)]
+    model = job.model.stem if _shipped(job.model) else str(job.model)
+    if job.file is not None:
+        words = ["recast", "patch", model, str(job.start), "--out", str(job.file)]
+        words += ["--polish", str(job.recipe.train.steps)] if job.trains else []
+    else:
+        words = ["recast", "convert", model, "--to", objective, "--out", str(job.out)]
+        words += [word for name in job.via for word in ("--via", name)]
+        words += ["--from", str(job.start)] if job.start else []
+    words += ["--far"] if job.far else []
     words += ["--images", str(job.images)] if job.images else []
     words += ["--source", job.source] if job.source else []
-    if job.recipe != override(load(), objective=objective):
+    usual = override(load(), objective=objective)
+    if job.file is not None:
+        usual = override(usual, steps=job.recipe.train.steps)
+    if job.recipe != usual:
         words += ["--recipe", str(job.out / "recipe.toml")]
     return shlex.join(words)
 
@@ -158,15 +171,37 @@ def _shipped(path: Path) -> bool:
     return any(path == pocket.path(name) for name in pocket.NAMES)
 
 
-def losses(folder: Folder) -> Losses | None:
-    """The log's losses by noise level."""
-    lines = folder.path("log.jsonl").read_text(encoding="utf-8").splitlines()
+def losses(log: Path) -> Losses | None:
+    """A log's losses by noise level; None where nothing was trained."""
+    if not log.exists():
+        return None
+    lines = log.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return losses_by_level(
         # JSON has no word for what is not finite, so the log holds null
         (row["step"], [math.nan if loss is None else loss for loss in row["losses"]], row["t"])
         for row in rows
     )
+
+
+def log_of(job: Job, folder: Folder, objective: str) -> Path:
+    """The run's training log; of several legs the last one's."""
+    if not job.via:
+        return folder.path("log.jsonl")
+    from recast.convert.chain import legs
+
+    return legs(job, objective)[-1].out / "log.jsonl"
+
+
+def notes(job: Job, folder: Folder) -> tuple[str, ...]:
+    """How the run began, where that was not from nothing, and what it went through."""
+    from recast.convert.start import told
+
+    with Checkpoint(folder.path("adapter.safetensors")) as file:
+        found = told(file.metadata)
+    if job.via:
+        found += (f"By way of {', '.join(job.via)}: the losses shown are the last leg's.",)
+    return found if job.trains else (*found, "Nothing was trained: the patch was added as it is.")
 
 
 def hashes(folder: Folder) -> dict[str, str]:
@@ -193,5 +228,7 @@ def listing(folder: Folder) -> tuple[File, ...]:
     """The run's files, with their sizes and uses."""
     paths = ((name, folder.path(name)) for name in USES)
     return tuple(
-        File(name, path.stat().st_size, USES[name]) for name, path in paths if path.exists()
+        File(relpath(path, folder.root), path.stat().st_size, USES[name])
+        for name, path in paths
+        if path.exists()
     )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recast.checkpoint import Checkpoint
@@ -24,17 +24,18 @@ DIGEST_KEY = "recast.run"
 
 @dataclass(frozen=True)
 class Folder:
-    """A run's folder and the digest of what went into it."""
+    """A run's folder and the digest of what went into it; `elsewhere` are files outside it."""
 
     root: Path
     digest: str
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
-        return self.root / name
+        return self.elsewhere.get(name, self.root / name)
 
     def has(self, name: str) -> bool:
         """Whether `name` is a finished safetensors file of this very run."""
-        path = self.root / name
+        path = self.path(name)
         if not path.exists():
             return False
         try:

@@ -74,8 +74,9 @@ def measure(
             made[name].append(picture)
             yield Tick(ticks := ticks + 1)
     howto = how_to_load(
-        written.layout.family, objective, "model.safetensors", config=config_folder(written, folder)
-    )
+        written.layout.family, objective, folder.path("model.safetensors").name,
+        config=config_folder(written, folder),
+    )  # fmt: skip
     pictures = {name: [picture.image for picture in group] for name, group in made.items()}
     report = compose(job, folder, test, pictures, table, source, objective)
     write_report(folder.root, replace(report, howto=howto, hashes=files))
