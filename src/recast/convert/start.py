@@ -1,0 +1,258 @@
+"""Where training begins: zero changes, principal factors, a warm start, or another run's patch.
+
+What is not zero is written once (`initial.safetensors`, `start.safetensors`) and read from there
+ever after: a resumed run must start from the very bytes it started from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from recast.adapter import Adapter, attach, entry_name, read_adapter, write_adapter
+from recast.adapter.decompose import decompose, initial_metadata, zeros_full
+from recast.adapter.patch import as_change, check_kind, distance_to_base, read_patch, refuse_far
+from recast.adapter.places import read_site
+from recast.checkpoint import Checkpoint
+from recast.convert.folder import Folder
+from recast.errors import Refused
+from recast.events import Event, Note
+from recast.lowrank import Full, LowRank
+from recast.objective import Objective
+
+if TYPE_CHECKING:
+    import torch
+
+    from recast.convert import Job
+    from recast.convert.material import Material
+    from recast.layout import Site
+    from recast.model import Model
+    from recast.train.draws import Draw
+
+FILE = "start.safetensors"
+BATCHES = 16  # that the output layer is fitted to; every second one only judges
+WARM, PATCH = "recast.warm", "recast.start"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The adapter before training, the sites it sits at, and the entries that are not trained."""
+
+    adapter: Adapter
+    sites: list[Site]
+    held: frozenset[str] = frozenset()
+
+
+def check(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> None:
+    """Refuse a start that does not fit the model or the recipe; an override allows a far one."""
+    how = job.recipe.train
+    if how.rank and (job.start or how.warm != "none"):
+        what = f"--from {job.start}" if job.start else f"train.warm {how.warm!r}"
+        raise Refused(f"{what} changes whole layers: set train.rank to 0, or leave it out.")
+    if job.start is None:
+        return
+    if how.warm != "none":
+        raise Refused("a patch is a start already: set train.warm to none, or leave the patch out.")
+    patch = read_patch(job.start)
+    if patch.metadata["recast.objective"] != objective:
+        raise Refused(
+            f"{job.start} makes {patch.metadata['recast.objective']} and {objective} is asked for: "
+            "give a patch of that objective, or another --to."
+        )
+    check_kind(patch, checkpoint, source)
+
+
+def check_distance(checkpoint: Checkpoint, job: Job) -> Generator[Event, None, None]:
+    """Measure how far the model is from the patch's base; refuse a stranger unless told not to."""
+    if job.start is not None:
+        apart = distance_to_base(read_patch(job.start), checkpoint)
+        if not job.far:
+            refuse_far(apart, checkpoint)
+        yield Note(_apart_in_words(asdict(apart)))
+
+
+def identity(job: Job) -> dict[str, object]:
+    """What names a run's start, nothing where it is the usual one."""
+    if job.start is None:
+        return {}
+    digest = hashlib.sha256(job.start.read_bytes()).hexdigest()
+    return {"start": digest, **({} if job.trains else {"trains": False})}
+
+
+def begin(
+    checkpoint: Checkpoint,
+    folder: Folder,
+    model: Model,
+    job: Job,
+    material: Material,
+    objective: Objective,
+) -> Generator[Event, None, Start]:
+    """The start that the recipe or the command line asks for."""
+    how = job.recipe.train
+    sites = model.layout.sites(how.profile)
+    if how.rank:
+        path = folder.path("initial.safetensors")
+        if not folder.has(path.name):
+            found = decompose(checkpoint, sites, how.rank)
+            write_adapter(path, found, metadata=folder.stamp(), force=True)
+        return Start(read_adapter(path), sites)
+    if job.start is None and how.warm == "none":
+        return Start(zeros_full(checkpoint, sites), sites)
+    if not folder.has(FILE):
+        zeros = zeros_full(checkpoint, sites)
+        made = (
+            warmed(checkpoint, model, job, material, objective, zeros)
+            if job.start is None
+            else patched(checkpoint, job, zeros)
+        )
+        write_adapter(folder.path(FILE), made, metadata=folder.stamp(), force=True)
+    adapter = read_adapter(folder.path(FILE))
+    for sentence in told(adapter.metadata):
+        yield Note(sentence)
+    trained = {entry_name(site) for site in sites}
+    everywhere = [
+        site for site in model.layout.sites("every") if entry_name(site) in adapter.entries
+    ]
+    return Start(adapter, everywhere, frozenset(adapter.entries.keys() - trained))
+
+
+def patched(checkpoint: Checkpoint, job: Job, zeros: Adapter) -> Adapter:
+    """A patch's changes: in full where training goes on, as they are elsewhere."""
+    assert job.start is not None
+    patch = read_patch(job.start)
+    entries: dict[str, LowRank | Full] = dict(zeros.entries)
+    for name, entry in patch.entries.items():
+        entries[name] = Full(entry.dense()) if name in zeros.entries else entry
+    return _based(checkpoint, job, entries, patch)
+
+
+def as_it_is(checkpoint: Checkpoint, job: Job) -> Adapter:
+    """A patch's changes, nothing trained."""
+    assert job.start is not None
+    patch = read_patch(job.start)
+    return _based(checkpoint, job, dict(patch.entries), patch)
+
+
+def _based(
+    checkpoint: Checkpoint, job: Job, entries: dict[str, LowRank | Full], patch: Adapter
+) -> Adapter:
+    """Changes with this checkpoint as their base, and what the patch was and how near."""
+    apart = distance_to_base(patch, checkpoint)
+    origin = {"base_sha256": patch.base or "", "sha256": identity(job)["start"], **asdict(apart)}
+    about = {**initial_metadata(checkpoint, "full", None, None), PATCH: json.dumps(origin)}
+    return as_change(entries, Adapter(entries, about))
+
+
+def warmed(
+    checkpoint: Checkpoint,
+    model: Model,
+    job: Job,
+    material: Material,
+    objective: Objective,
+    zeros: Adapter,
+) -> Adapter:
+    """Zero changes with what the recipe's warm starts fit in closed form."""
+    kinds = job.recipe.train.warm.split(",")
+    entries, residuals = dict(zeros.entries), {}
+    if "clock" in kinds:
+        found, residuals["clock"] = clock(checkpoint, model, objective)
+        entries |= found
+    if "output" in kinds:
+        start = as_change(entries, zeros)
+        found, residuals["output"] = output(checkpoint, model, job, material, objective, start)
+        entries |= found
+    about = {**zeros.metadata, WARM: json.dumps(residuals)}
+    return as_change(entries, replace(zeros, metadata=about))
+
+
+Fitted = tuple[dict[str, LowRank | Full], dict[str, float]]
+
+
+def clock(checkpoint: Checkpoint, model: Model, objective: Objective) -> Fitted:
+    """Changes of the time embedding that fit it to the new clock, and the errors."""
+    from recast.train import fit_clock
+
+    unet = model.unet
+    embedding, features = unet.get_submodule("time_embedding"), unet.get_submodule("time_proj")
+    fit = fit_clock(embedding, features, model.objective.path, objective.path)
+    new = {f"time_embedding.{name}": value for name, value in fit.weights.items()}
+    residuals = {"before": fit.before, "solved": fit.solved, "after": fit.after}
+    return _changes(checkpoint, model, new), residuals
+
+
+def output(
+    checkpoint: Checkpoint,
+    model: Model,
+    job: Job,
+    material: Material,
+    objective: Objective,
+    start: Adapter,
+) -> Fitted:
+    """Changes of the output convolution, by least squares against the run's own target."""
+    import torch
+
+    from recast.convert.training import student, target_of
+    from recast.train import fit_output
+
+    conv = model.unet.get_submodule("conv_out")
+    assert isinstance(conv, torch.nn.Conv2d)
+    attached = attach({"unet": model.unet}, start, model.layout.sites("every"))
+    target, answer = target_of(job.recipe, model, attached, objective), student(model, objective)
+    met: list[torch.Tensor] = []
+    hook = conv.register_forward_pre_hook(lambda module, given: met.append(given[0].detach()))
+
+    def pair(draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = target(draw).value
+        met.clear()
+        with torch.no_grad():
+            answer(draw)
+        return met.pop(), wanted
+
+    try:
+        fit = fit_output(conv, (pair(draw) for draw in islice(material.draws(0), BATCHES)))
+    finally:
+        hook.remove()
+        attached.detach()
+    new = {"conv_out.weight": fit.weight, "conv_out.bias": fit.bias}
+    return _changes(checkpoint, model, new), {"before": fit.before, "after": fit.after}
+
+
+def _changes(
+    checkpoint: Checkpoint, model: Model, new: Mapping[str, torch.Tensor]
+) -> dict[str, LowRank | Full]:
+    """New values of the UNet's parameters as changes of the file's."""
+    sites = {site.name: site for site in model.layout.sites("unet")}
+    return {
+        entry_name(sites[name]): Full(value.cpu() - read_site(checkpoint, sites[name]).float())
+        for name, value in new.items()
+    }
+
+
+def told(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What an adapter's metadata says of its start, in sentences."""
+    found = []
+    if WARM in metadata:
+        for kind, errors in json.loads(metadata[WARM]).items():
+            found.append(
+                f"Warm start of the {kind}: relative error {errors['before']:.3f} before, "
+                f"{errors['after']:.4f} after."
+            )
+    if PATCH in metadata:
+        origin = json.loads(metadata[PATCH])
+        found.append(
+            f"Begun with the patch of another model (sha256 {origin['base_sha256'][:12]}). "
+            + _apart_in_words(origin)
+        )
+    return tuple(found)
+
+
+def _apart_in_words(apart: Mapping[str, float]) -> str:
+    return (
+        f"Distance to the patch's base, in its norms: {apart['unet']:.4f} over the UNet, "
+        f"{apart['patched']:.4f} over the tensors that the patch changes."
+    )
+
