@@ -156,9 +156,7 @@ def loaded_by_peft(net: nn.Module, folder: Path, part: str) -> nn.Module:
 
     inside = folder / {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
     model = PeftModel.from_pretrained(net, str(inside))
-    assert not [
-        k for k in model.state_dict() if "lora" in k and model.state_dict()[k].isnan().any()
-    ]
+    assert not [k for k, v in model.state_dict().items() if "lora" in k and v.isnan().any()]
     return model.base_model.model
 
 
@@ -323,3 +321,88 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(Refused, match="exists"):
         export(tmp_path / "f.safetensors", tmp_path / "c.safetensors", "kohya")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_matrix_for_a_1x1_convolution_is_reshaped_as_loaders_do(
+    originals: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    for family in FAMILIES:  # proj_in is a convolution in SD 1.5 and a matrix in SDXL
+        layout = detect(originals[family])
+        site = next(s for s in layout.sites("all") if s.module.endswith("proj_in"))
+        out, into = site.shape[:2]
+        ones = (1, 1) if family == "sdxl" else ()
+        up, down = values(out, 4), values(4, into, seed=1)
+        file = {
+            f"{site.lora}.lora_up.weight": up.reshape(out, 4, *ones),
+            f"{site.lora}.lora_down.weight": down.reshape(4, into, *ones),
+        }
+        save_file(file, tmp_path / "a.safetensors")
+        found = read_adapter(tmp_path / "a.safetensors", layout).entries[f"{site.lora}.weight"]
+        assert found.shape == site.shape
+        assert torch.equal(found.dense((out, into)), up @ down)
+        save_file({f"{site.lora}.diff": (up @ down).reshape(out, into, *ones)},
+                  tmp_path / "a.safetensors")  # fmt: skip
+        found = read_adapter(tmp_path / "a.safetensors", layout).entries[f"{site.lora}.weight"]
+        assert isinstance(found, Full)
+        assert torch.equal(found.delta, (up @ down).reshape(site.shape))
+
+
+def test_simpletuners_names_are_read(originals: dict[str, Checkpoint], tmp_path: Path) -> None:
+    layout = detect(originals["sdxl"])
+    site = next(s for s in layout.sites("OUT04") if s.kind == "linear" and s.param == "weight")
+    head = "lycoris_" + site.module.replace(".", "_")
+    pair = {f"{head}.lora_up.weight": values(site.shape[0], 2),
+            f"{head}.lora_down.weight": values(2, site.shape[1])}  # fmt: skip
+    save_file(pair, tmp_path / "a.safetensors")
+    assert list(read_adapter(tmp_path / "a.safetensors", layout).entries) == [f"{site.lora}.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_narrow_numbers_are_read_and_kept(
+    originals: dict[str, Checkpoint], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    layout = detect(originals["sd15"])
+    file = {}
+    for seed, site in enumerate(layout.sites("te1,OUT08")):
+        if site.kind in ("linear", "conv") and site.param == "weight":
+            down = values(2, *site.shape[1:], seed=-seed)
+            ones = (1,) * (down.ndim - 2)
+            file[f"{site.lora}.lora_up.weight"] = values(site.shape[0], 2, *ones, seed=seed)
+            file[f"{site.lora}.lora_down.weight"] = down
+    file = {key: tensor.to(dtype) for key, tensor in file.items()}
+    save_file(file, tmp_path / "a.safetensors")
+    for name, entry in read_adapter(tmp_path / "a.safetensors").entries.items():
+        lora = name.removesuffix(".weight")
+        up, down = (file[f"{lora}.lora_{side}.weight"].float() for side in ("up", "down"))
+        assert torch.equal(entry.dense().flatten(1), up.flatten(1) @ down.flatten(1))
+    for form in ("kohya", "diffusers"):
+        export(tmp_path / "a.safetensors", tmp_path / form, form, layout=layout, padded=True)
+        after = load_file(tmp_path / form)
+        assert {t.dtype for key, t in after.items() if "alpha" not in key} == {dtype}
+    same_tensors = {k: v for k, v in load_file(tmp_path / "kohya").items() if "alpha" not in k}
+    assert same_tensors.keys() == file.keys()
+    assert all(torch.equal(same_tensors[k].float(), v.float()) for k, v in file.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w2", "LoKr"),
+        ("oft_blocks", "OFT"),
+        ("a1.weight", "GLoRA"),
+        ("on_input", "IA3"),
+        ("set_weight", "replaced weights"),
+        ("bias_indices", "sparse biases"),
+        ("lora_B.bias", "LoRA biases"),
+    ],
+)
+def test_other_parametrizations_are_refused_by_their_name(
+    tmp_path: Path, key: str, kind: str
+) -> None:
+    pair = {"a.lora_up.weight": values(8, 4), "a.lora_down.weight": values(4, 6)}
+    save_file({**pair, f"a.{key}": values(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(Refused, match=rf"1 keys .*\({kind}\), first a\.{key}"):
+        read_adapter(tmp_path / "a.safetensors")

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from recast.adapter.file import DTYPES, Adapter, file_metadata, kohya_hashes, zero_out_proj
-from recast.adapter.formats import CONFIG, METADATA, WEIGHTS, Raw, plain_factors, read_raw
-from recast.adapter.spelling import FORMATS, NETWORKS, Module, modules, plan_of
+from recast.adapter.formats import Raw, plain_factors, read_raw
+from recast.adapter.spelling import Module, modules, plan_of
 from recast.checkpoint import dtype_name, write_dict
 from recast.commit import commit, refuse_target
 from recast.errors import Refused
 from recast.layout import Layout, Plan
+from recast.layout.loras import FORMATS, NETWORKS
+from recast.layout.peft import CONFIG, METADATA, WEIGHTS
 from recast.lowrank import LowRank
 
 

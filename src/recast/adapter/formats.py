@@ -14,28 +14,25 @@ the original's weights they have no factors, or none without the base.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recast.adapter.file import Adapter
-from recast.adapter.spelling import NETWORKS, PEFT, format_of, parse, paths, plan_of, spelt
+from recast.adapter.spelling import paths, plan_of, shapes, spelt
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Layout, Plan
+from recast.layout.loras import PEFT, foreign, format_of, parse
+from recast.layout.peft import METADATA, adapter_files, alpha_of, configs_of
 from recast.lowrank import Full, LowRank
 
 FULL_SUFFIXES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
 FACTORS = {"lora_up.weight", "lora_down.weight"}
 LOW_RANK_SUFFIXES = FACTORS | {"lora_mid.weight", "alpha"}
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-METADATA = "lora_adapter_metadata"  # of diffusers: the configurations, by network, as JSON
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,11 @@ def read_adapter(path: Path, layout: Layout | None = None) -> Adapter:
     for incomplete pairs.
     """
     raw = read_raw(path, layout)
+    known = shapes(raw.plan) if raw.plan else {}
     entries: dict[str, LowRank | Full] = {}
     for lora, tensors in raw.modules.items():
-        entries |= dict(_entries(path, lora, tensors))
+        for name, entry in _entries(path, lora, tensors):
+            entries[name] = _fitted(entry, known.get(lora, ()))
     return Adapter(entries, raw.metadata)
 
 
@@ -73,7 +72,7 @@ def read_raw(path: Path, layout: Layout | None = None) -> Raw:
     found: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, str] = {}
     forms = []
-    for file, part in _files(path):
+    for file, part in adapter_files(path):
         with Checkpoint(file) as source:
             piece = _sorted(source, plan, part)
         forms.append(piece.form)
@@ -85,26 +84,6 @@ def read_raw(path: Path, layout: Layout | None = None) -> Raw:
             found[lora] = dict(tensors)
     _account(path, found)
     return Raw(found, metadata, forms[0], plan)
-
-
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """The files of an adapter and the part each is for ("" where only its keys can say)."""
-    if not path.is_dir():
-        return [(path, "")]
-    if (path / CONFIG).exists():
-        return [(path / WEIGHTS, _part_of_folder(path.name))]
-    inside = [(path / name / WEIGHTS, part) for part, name in NETWORKS.items()]
-    inside = [(file, part) for file, part in inside if file.exists()]
-    if not inside:
-        raise Refused(
-            f"{path} holds no {CONFIG}, and no folder {', '.join(NETWORKS.values())} with one; "
-            "give a PEFT folder or a .safetensors file."
-        )
-    return inside
-
-
-def _part_of_folder(name: str) -> str:
-    return next((part for part, network in NETWORKS.items() if name == network), "")
 
 
 def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
@@ -120,15 +99,16 @@ def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
     _refuse_odd(file, odd)
     form = format_of(spots)
     names, plan = _names(file, list(spots), spots, form, plan, part)
-    config = _config(file, form)
+    configs = configs_of(file.path, file.metadata, form)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, keys in spots.items():
         if names[name] in modules:
             raise Refused(f"{file.path} names the module {names[name]} twice; keep one of them.")
         tensors = {suffix: file[key] for suffix, key in keys.items()}
-        alpha = _alpha(config, name, tensors)
-        if alpha is not None:
-            tensors.setdefault("alpha", torch.tensor(alpha))
+        if "lora_down.weight" in tensors:
+            alpha = alpha_of(configs, name, tensors["lora_down.weight"].shape[0])
+            if alpha is not None:
+                tensors.setdefault("alpha", torch.tensor(alpha))
         modules[names[name]] = tensors
     metadata = {k: v for k, v in file.metadata.items() if k not in (METADATA, "format")}
     return Raw(modules, metadata, form, plan)
@@ -143,7 +123,7 @@ def _names(
     part: str,
 ) -> tuple[dict[str, str], Plan | None]:
     """kohya's name of every module of a file."""
-    if form == "kohya" and plan is None:
+    if form == "kohya" and plan is None and not any(n.startswith("lycoris_") for n in heads):
         strange = [name for name in heads if "." in name]
         _refuse_odd(file, [f"{n}.{s}" for n in strange for s in spots[n]])
         return {name: name for name in heads}, None
@@ -196,73 +176,6 @@ def _size(file: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int]:
     return up[0], down[1]
 
 
-def _config(file: Checkpoint, form: str) -> dict[str, dict[str, Any]]:
-    """Configurations by the head of the keys that they are for."""
-    if form == "peft":
-        path = file.path.parent / CONFIG
-        if not path.exists():
-            raise Refused(
-                f"{file.path} is a PEFT file and its {CONFIG}, which holds the scales, is not "
-                "beside it; copy the whole folder."
-            )
-        return {PEFT: _checked(path, _json(path, path.read_text(encoding="utf-8")))}
-    if METADATA not in file.metadata:
-        return {}
-    flat = _json(file.path, file.metadata[METADATA])
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        head, _, name = key.partition(".")
-        configs.setdefault(f"{head}.", {})[name] = value
-    return {head: _checked(file.path, config) for head, config in configs.items()}
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise Refused(
-            f"{path}: its configuration is no JSON ({error}); export it again."
-        ) from error
-    if not isinstance(found, dict):
-        raise Refused(f"{path}: its configuration is no JSON object; export it again.")
-    return found
-
-
-def _checked(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    kind = config.get("peft_type", "LORA")
-    odd = [name for name in ("use_dora", "fan_in_fan_out", "lora_bias") if config.get(name)]
-    if kind != "LORA" or odd:
-        raise Refused(
-            f"{path} is configured as {', '.join([str(kind), *odd])}, which is no plain change of "
-            "weights; export it as LoRA first."
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise Refused(f"{path} lacks r or lora_alpha in its configuration; export it again.")
-    return config
-
-
-def _alpha(
-    configs: Mapping[str, Mapping[str, Any]], name: str, tensors: Mapping[str, Tensor]
-) -> float | None:
-    """The alpha that a configuration gives a module, None where there is none."""
-    head = next((head for head in configs if name.startswith(head)), None)
-    if head is None or "lora_down.weight" not in tensors:
-        return None
-    config, path = configs[head], name.removeprefix(head).removeprefix("text_model.")
-    alpha = float(_patterned(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
-    rank = tensors["lora_down.weight"].shape[0]
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
-
-
-def _patterned(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
-    """As PEFT finds it: the first pattern that matches the end of the path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern.removeprefix('text_model.')})$", path):
-            return value
-    return otherwise
-
-
 def _account(path: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Refuse an empty file, half pairs and two changes of one weight."""
     if not modules:
@@ -283,11 +196,14 @@ def _account(path: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def _refuse_odd(file: Checkpoint, odd: list[str]) -> None:
+    """Refuse keys without a meaning here, by the parametrization they belong to."""
     if odd:
+        kinds = sorted({found[1] for key in odd if (found := foreign(key))})
+        what = f" ({', '.join(kinds)})" if kinds else ""
         raise Refused(
-            f"{file.path} has {len(odd)} keys that no adapter entry accounts for, first "
-            f"{', '.join(odd[:5])}; give a LoRA or LoCon file without DoRA, LoHa, LoKr or OFT "
-            "parts."
+            f"{file.path} has {len(odd)} keys that no adapter entry accounts for{what}, first "
+            f"{', '.join(odd[:5])}; give a plain LoRA or LoCon file, or merge this one into its "
+            "checkpoint with the tool that made it and take recast extract --tuned."
         )
 
 
@@ -302,6 +218,16 @@ def _entries(
         yield f"{lora}.weight", LowRank(up, down)
     for suffix in filter(tensors.__contains__, FULL_SUFFIXES):  # a set has no order of its own
         yield f"{lora}.{FULL_SUFFIXES[suffix]}", Full(tensors[suffix].float())
+
+
+def _fitted(entry: LowRank | Full, shape: tuple[int, ...]) -> LowRank | Full:
+    """A change of a matrix as one of a 1x1 convolution or the other way, as loaders reshape it."""
+    wide, narrow = (*entry.shape, 1, 1), (*shape, 1, 1)
+    if shape != wide and narrow != entry.shape:
+        return entry
+    if isinstance(entry, Full):
+        return Full(entry.delta.reshape(shape))
+    return LowRank(entry.up, entry.down.reshape(entry.rank, *shape[1:]))
 
 
 def plain_factors(path: Path, lora: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

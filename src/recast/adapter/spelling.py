@@ -1,9 +1,4 @@
-"""The names of one module in the adapter files of four worlds.
-
-    kohya      lora_unet_input_blocks_4_1_proj_in            LyCORIS, A1111 and kohya's trainers
-    diffusers  unet.down_blocks.1.attentions.0.proj_in       text_encoder., text_encoder_2.
-    peft       base_model.model.down_blocks.1.attentions.0.proj_in      one folder a network
-    comfy      diffusion_model.input_blocks.4.1.proj_in      text_encoders.clip_l., clip_g.
+"""Which module of an architecture a name in an adapter file is (names: `recast.layout.loras`).
 
 kohya's names follow the file in SDXL and diffusers in SD 1.5; both spellings occur in the wild and
 are read. Which diffusers path is which file path depends on the topology, so it is looked up in a
@@ -12,46 +7,15 @@ plan, never guessed from text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from recast.errors import Refused
 from recast.layout import SD15, SDXL, Plan
+from recast.layout.loras import CLIPS, COMFY_UNET, NETWORKS, PEFT
 from recast.layout.names import UNET
 from recast.layout.sites import every
-
-FORMATS = ("kohya", "peft", "diffusers", "comfy")
-NETWORKS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
-PEFT = "base_model.model."
-CLIPS = {"te1": "text_encoders.clip_l.transformer.", "te2": "text_encoders.clip_g.transformer."}
-HEADS = {
-    "kohya": ("lora_unet_", "lora_te"),
-    "peft": (PEFT,),
-    "comfy": ("diffusion_model.", "text_encoders."),
-    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
-}
-# what a tensor is called in files: what it is called here
-ENDINGS = {
-    ".lora_up.weight": "lora_up.weight",
-    ".lora_down.weight": "lora_down.weight",
-    ".lora_mid.weight": "lora_mid.weight",
-    ".lora_B.weight": "lora_up.weight",
-    ".lora_A.weight": "lora_down.weight",
-    ".lora_B.default.weight": "lora_up.weight",
-    ".lora_A.default.weight": "lora_down.weight",
-    ".lora.up.weight": "lora_up.weight",
-    ".lora.down.weight": "lora_down.weight",
-    ".lora_linear_layer.up.weight": "lora_up.weight",
-    ".lora_linear_layer.down.weight": "lora_down.weight",
-    "_lora.up.weight": "lora_up.weight",
-    "_lora.down.weight": "lora_down.weight",
-    ".alpha": "alpha",
-    ".diff": "diff",
-    ".diff_b": "diff_b",
-    ".w_norm": "w_norm",
-    ".b_norm": "b_norm",
-}
 
 
 @dataclass(frozen=True)
@@ -74,15 +38,15 @@ class Module:
     def comfy(self) -> str:
         """The key's head in ComfyUI's own names."""
         if self.part == "unet":
-            return "diffusion_model." + self.file
+            return COMFY_UNET + self.file
         return CLIPS[self.part] + (self.path if "projection" in self.path else _text(self.path))
 
     def spellings(self) -> list[str]:
         """All names by which loaders know the module, but PEFT's."""
         flat = [self.lora, self.diffusers(), self.comfy()]
         if self.part == "unet":
-            paths = (self.path, self.file)
-            return flat + [self.path] + [f"lora_unet_{path.replace('.', '_')}" for path in paths]
+            flat += [self.path, f"lycoris_{self.path.replace('.', '_')}"]  # SimpleTuner's
+            return flat + [f"lora_unet_{p.replace('.', '_')}" for p in (self.path, self.file)]
         flat.append(f"{NETWORKS[self.part]}.{self.path}")
         return [*flat, self.lora.replace("lora_te_", "lora_te1_")]
 
@@ -115,30 +79,6 @@ def paths(plan: Plan, part: str) -> dict[str, str]:
     mine = [module for module in modules(plan).values() if module.part == part]
     bare = {module.path.removeprefix("text_model."): module.lora for module in mine}
     return bare | {_text(path): lora for path, lora in bare.items() if part != "unet"}
-
-
-def parse(key: str) -> tuple[str, str] | None:
-    """A tensor's module and meaning, such as ("unet.conv_in", "lora_up.weight"); None if neither.
-
-    Old processor names (`attn1.processor.to_out_lora`) become the module's.
-    """
-    for ending in sorted(ENDINGS, key=len, reverse=True):
-        if key.endswith(ending):
-            module = key.removesuffix(ending)
-            if ending.startswith("_lora"):
-                module = module.replace(".processor.", ".")
-                module = module + ".0" if module.endswith(".to_out") else module
-            return module, ENDINGS[ending]
-    return None
-
-
-def format_of(names: Iterable[str]) -> str:
-    """Whose names a file uses, by the heads of its keys; bare paths are diffusers' UNet."""
-    listed = list(names)
-    counts = {form: sum(name.startswith(heads) for name in listed) for form, heads in HEADS.items()}
-    counts["kohya"] += sum("." not in name and not name.startswith("lora_") for name in listed)
-    best = max(counts, key=lambda form: counts[form])
-    return best if counts[best] else "diffusers"
 
 
 def plan_of(
