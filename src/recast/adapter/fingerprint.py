@@ -140,4 +140,3 @@ def _unpacked(value: list[float | str], size: int) -> Sketch:
     if len(sums) != size or not np.isfinite(sums).all() or not float(value[0]) >= 0:
         raise ValueError(f"{len(sums)} sums")
     return Sketch(float(value[0]), torch.from_numpy(sums.astype(np.float64)))
-

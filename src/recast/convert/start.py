@@ -111,7 +111,7 @@ def begin(
         )
         write_adapter(folder.path(FILE), made, metadata=folder.stamp(), force=True)
     adapter = read_adapter(folder.path(FILE))
-    for sentence in told(adapter.metadata):
+    for sentence in told(adapter.metadata) if job.start is None else ():
         yield Note(sentence)
     trained = {entry_name(site) for site in sites}
     everywhere = [
@@ -192,7 +192,10 @@ def output(
     objective: Objective,
     start: Adapter,
 ) -> Fitted:
-    """Changes of the output convolution, by least squares against the run's own target."""
+    """Changes of the output convolution, by least squares against the run's own target.
+
+    None where they are no better on batches that were not fitted.
+    """
     import torch
 
     from recast.convert.training import student, target_of
@@ -217,7 +220,8 @@ def output(
     finally:
         hook.remove()
         attached.detach()
-    new = {"conv_out.weight": fit.weight, "conv_out.bias": fit.bias}
+    better = fit.after < fit.before
+    new = {"conv_out.weight": fit.weight, "conv_out.bias": fit.bias} if better else {}
     return _changes(checkpoint, model, new), {"before": fit.before, "after": fit.after}
 
 
@@ -237,9 +241,10 @@ def told(metadata: Mapping[str, str]) -> tuple[str, ...]:
     found = []
     if WARM in metadata:
         for kind, errors in json.loads(metadata[WARM]).items():
+            left = "" if errors["after"] < errors["before"] else ", so it was left out"
             found.append(
                 f"Warm start of the {kind}: relative error {errors['before']:.3f} before, "
-                f"{errors['after']:.4f} after."
+                f"{errors['after']:.4f} after{left}."
             )
     if PATCH in metadata:
         origin = json.loads(metadata[PATCH])
@@ -255,4 +260,3 @@ def _apart_in_words(apart: Mapping[str, float]) -> str:
         f"Distance to the patch's base, in its norms: {apart['unet']:.4f} over the UNet, "
         f"{apart['patched']:.4f} over the tensors that the patch changes."
     )
-
