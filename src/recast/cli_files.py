@@ -126,12 +126,11 @@ def split(
     Example: recast split model.safetensors --rank 64 --out split
     """
     from recast.adapter.split import split as split_files
-    from recast.checkpoint import Checkpoint
     from recast.cli_lora import ranges, show_forecast
-    from recast.layout import detect
+    from recast.layout import detect, open_checkpoint
 
     rules, form = rank or ["64"], dtype_of("--adapter-dtype", adapter_dtype)
-    with Checkpoint(model_path(model)) as checkpoint:
+    with open_checkpoint(model_path(model)) as checkpoint:
         sites = detect(checkpoint).sites(profile)
         if dry_run:
             show_forecast(checkpoint, sites, rules, form, resolution, batch, json=json)
@@ -182,9 +181,9 @@ def rebuild(
     """
     from recast.adapter import read_adapter
     from recast.adapter.rebuild import write_rebuilt
-    from recast.checkpoint import Checkpoint
+    from recast.layout import open_checkpoint
 
-    with Checkpoint(model_path(original)) as checkpoint:
+    with open_checkpoint(model_path(original)) as checkpoint:
         start = read_adapter(initial) if initial else None
         sha256 = write_rebuilt(
             checkpoint, start, read_adapter(trained), out, objective=objective, force=force
@@ -219,11 +218,12 @@ def verify(
     from recast.adapter import read_adapter
     from recast.adapter.verify import verify_rebuilt, verify_split
     from recast.checkpoint import Checkpoint
+    from recast.layout import open_checkpoint
     from recast.verification import Question, rebuilt_answers, split_answers
 
     likeness = None
     with ExitStack() as files:
-        source = files.enter_context(Checkpoint(model_path(original)))
+        source = files.enter_context(open_checkpoint(model_path(original)))
         if residual is not None and adapter is not None and rebuilt is None:
             parts = files.enter_context(Checkpoint(residual))
             factors = read_adapter(adapter)
@@ -234,7 +234,7 @@ def verify(
         elif rebuilt is not None and residual is None and adapter is None:
             start = read_adapter(initial) if initial else None
             change = read_adapter(trained) if trained else None
-            file = files.enter_context(Checkpoint(rebuilt))
+            file = files.enter_context(open_checkpoint(rebuilt))
             verdict = verify_rebuilt(source, file, start, change, tolerance=tolerance or 0.0)
             if level > 1:
                 question = Question(level, device=device_of(device))

@@ -63,21 +63,20 @@ def extract(
     --out lora.safetensors
     """
     from recast.adapter import extract_difference, extract_trained, read_adapter, write_adapter
-    from recast.checkpoint import Checkpoint
     from recast.cli_files import dtype_of
     from recast.commit import refuse_target
-    from recast.layout import detect
+    from recast.layout import detect, open_checkpoint
     from recast.lowrank import LowRank
 
     form, wanted = dtype_of("--dtype", dtype), parts.split(",") if parts else None
     if (trained is None) == (tuned is None):
         raise Refused("give either --trained, with its --initial, or --tuned.")
     with ExitStack() as files:
-        base = files.enter_context(Checkpoint(model_path(original)))
+        base = files.enter_context(open_checkpoint(model_path(original)))
         refuse_target(out, force=force, sources=base.files)
         layout = detect(base)
         if tuned is not None:
-            other = files.enter_context(Checkpoint(tuned))
+            other = files.enter_context(open_checkpoint(tuned))
             sites = layout.sites(profile or _profile(layout, wanted))
             found = extract_difference(base, other, sites, rank or 64, method=method)
         else:
@@ -148,12 +147,11 @@ def _profile(layout: Layout, parts: list[str] | None) -> str:
 
 
 def _layout(model: str | None) -> Layout | None:
-    from recast.checkpoint import Checkpoint
-    from recast.layout import detect
+    from recast.layout import detect, open_checkpoint
 
     if model is None:
         return None
-    with Checkpoint(model_path(model)) as checkpoint:
+    with open_checkpoint(model_path(model)) as checkpoint:
         return detect(checkpoint)
 
 

@@ -134,15 +134,15 @@ def dream(
 
     Example: recast dream pocket-xl --pictures 20 --out runs/dreams
     """
-    from recast.checkpoint import Checkpoint
     from recast.dream import Plan, prompts_for
     from recast.dream import dream as dream_pairs
+    from recast.layout import open_checkpoint
     from recast.model import open_model
     from recast.objective import OBJECTIVES
 
     if to not in OBJECTIVES:
         raise Refused(f"no objective {to!r}: --to takes one of {', '.join(OBJECTIVES)}.")
-    with Checkpoint(model_path(model)) as file:
+    with open_checkpoint(model_path(model)) as file:
         texts = prompts_for(prompts, file)
     opened = open_model(
         model_path(model), device=device_of(device), parts=("unet", "te1", "te2"), objective=source

@@ -16,7 +16,7 @@ from typing import Any
 
 from recast.checkpoint import Checkpoint, Spec
 from recast.errors import Refused
-from recast.layout import SD15, SDXL, Layout, detect
+from recast.layout import SD15, SDXL, Layout, detect, open_checkpoint
 from recast.layout.names import TEXTS, UNET, VAE, is_adapter
 from recast.markers import MARKERS, Evidence, read_objective
 
@@ -53,10 +53,11 @@ def describe(path: Path | str, *, hashed: bool = False) -> Facts:
     kind: checkpoint, adapter, patch, vae or unknown. hashed: also read the whole file for its
     sha256. Raises Refused for a file that cannot be read.
     """
-    with Checkpoint(path) as file:
+    with open_checkpoint(path) as file:
         kind = _kind(file)
         facts: Facts = {
             "path": str(file.path),
+            "format": "diffusers folder" if file.path.is_dir() else None,
             "kind": kind,
             "bytes": file.nbytes,
             "tensors": len(file.specs),

@@ -5,7 +5,8 @@
                 modelspec.predict_key     "epsilon" | "v"   (ComfyUI writes it)
     metadata    recast.objective  eps | v | v-zsnr | flow | x0
 
-Neither of the first two has a word for flow or x0; a file that predicts those leaves them out.
+Neither of the first two has a word for flow or x0; a file that predicts those leaves them out.  A
+diffusers folder says it in a fourth place, its scheduler, which its reader enters as metadata.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ MEANINGS = {"epsilon": "eps", "v": "v"}
 EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 MARKERS = ("v_pred", "ztsnr", *EDM)
 OWN = "recast.objective"
+SCHEDULER = "recast.scheduler"  # what a folder's scheduler states; in no file
 FIELDS = ("modelspec.prediction_type", "modelspec.predict_key")
 # hashes of the content, wrong once it changes
-STALE = (*FIELDS, OWN, "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+STALE = (*FIELDS, OWN, SCHEDULER, "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd15": "stable-diffusion-v1",
@@ -102,9 +104,8 @@ def stamp(
 
 def _statements(tensors: list[str], metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """(where, objective), the most specific first."""
-    found = []
-    if metadata.get(OWN) in OBJECTIVES:
-        found.append((OWN, metadata[OWN]))
+    said = {"scheduler_config.json": metadata.get(SCHEDULER), OWN: metadata.get(OWN)}
+    found = [(place, word) for place, word in said.items() if word in OBJECTIVES]
     if "v_pred" in tensors:
         both = "ztsnr" in tensors
         found.append(("tensors v_pred, ztsnr", "v-zsnr") if both else ("tensor v_pred", "v"))
@@ -114,8 +115,9 @@ def _statements(tensors: list[str], metadata: Mapping[str, str]) -> list[tuple[s
 
 def _unknown(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     odd = [(f, metadata[f]) for f in FIELDS if f in metadata and metadata[f] not in MEANINGS]
-    if OWN in metadata and metadata[OWN] not in OBJECTIVES:
-        odd.append((OWN, metadata[OWN]))
+    for field, place in ((OWN, OWN), (SCHEDULER, "scheduler_config.json")):
+        if field in metadata and metadata[field] not in OBJECTIVES:
+            odd.append((place, metadata[field]))
     return odd
 
 

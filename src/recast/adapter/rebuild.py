@@ -87,7 +87,7 @@ def write_changed(
     header = {**checkpoint.metadata, **parents(checkpoint, trained), **(metadata or {})}
     if objective is None:
         kept_header = {k: v for k, v in header.items() if k not in CONTENT_HASHES}
-        return write(out, specs, tensors, kept_header, force=force, sources=[checkpoint.path])
+        return write(out, specs, tensors, kept_header, force=force, sources=checkpoint.files)
     kept = {key: specs[key] for key in strip(specs)}
     marks = marker_specs(objective)
     return write(
@@ -96,7 +96,7 @@ def write_changed(
         _marked(tensors, kept, marks),
         stamp(header, objective),
         force=force,
-        sources=[checkpoint.path],
+        sources=checkpoint.files,
     )
 
 

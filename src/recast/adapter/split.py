@@ -83,7 +83,7 @@ def split(
             raise Refused(f"{path} exists; remove it, choose another folder or use --force.")
     chosen = {entry_name(site): site for site in matrices(sites)}
     rules.check(chosen.values())
-    require_room(standing(out_dir), checkpoint.path.stat().st_size)
+    require_room(standing(out_dir), checkpoint.nbytes)
     make_folder(out_dir)
     where = places(checkpoint, chosen)
     about = initial_metadata(checkpoint, "pissa-init", rules, method)
@@ -100,7 +100,7 @@ def split(
             run.residuals(),
             header,
             force=force,
-            sources=[checkpoint.path],
+            sources=checkpoint.files,
         )
         energy = 1 - sum(run.left.values()) / max(sum(run.whole.values()), 1e-300)
         about |= {"recast.energy": f"{energy:.6f}", "recast.residual_sha256": residual}

@@ -16,6 +16,7 @@ from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
 from recast.convert.folder import Folder, Stopped, check_claim, claim
 from recast.events import Event, Note, Stage, Tick
+from recast.layout import open_checkpoint
 from recast.recipe import Recipe, dump_toml, load, override
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     Raises Refused for bad input and NoRoom before anything is written, Diverged when training is
     lost, Stopped once `stopped` returns a signal.
     """
-    with Checkpoint(job.model) as checkpoint:
+    with open_checkpoint(job.model) as checkpoint:
         source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):
             folder = claim(job.out, identity, outputs=OUTPUTS, force=job.force)

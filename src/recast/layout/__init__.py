@@ -10,6 +10,7 @@ from recast.layout.blueprint import (
     blueprint,
 )
 from recast.layout.detect import detect
+from recast.layout.folder import open_checkpoint
 from recast.layout.keymap import Entry, from_file, keymap, to_file
 from recast.layout.layout import Layout
 from recast.layout.sites import Site
@@ -28,5 +29,6 @@ __all__ = [
     "detect",
     "from_file",
     "keymap",
+    "open_checkpoint",
     "to_file",
 ]

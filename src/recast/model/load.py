@@ -36,7 +36,7 @@ def open_model(
     objective: str | None = None,
     quantiser: Quantiser | None = None,
 ) -> Model:
-    """Open the networks of a file or a diffusers folder; `parts` must be there, None takes all that are.
+    """Open the networks of a file or folder; `parts` must be there, None takes all that are.
 
     The objective is read from the file's markers; `objective` overrides them.  A `quantiser` takes
     the layers that it wants, each as it is read.  Raises Refused where markers contradict each
