@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from recast.data.folder import Example
     from recast.model import Model
 
-OUTPUTS = (
 MODEL = "model.safetensors"
+OUTPUTS = (
     MODEL,
     "adapter.safetensors",
     "patch.safetensors",
     "initial.safetensors",
-    "report.html",
     "start.safetensors",
+    "report.html",
     "report.json",
 )
 
@@ -53,12 +53,12 @@ class Job:
     skip_broken: bool = False
     force: bool = False
     measure: bool = True
-
     via: tuple[str, ...] = ()
     start: Path | None = None
     trains: bool = True
     far: bool = False
     file: Path | None = None
+
 
 def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     """Do the job, or what is missing of it; yields progress.
@@ -70,8 +70,8 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
         source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):
             folder = claim(job.out, identity, outputs=OUTPUTS, force=job.force)
-            write_recipe(folder, job.recipe)
             folder = replace(folder, elsewhere={} if job.file is None else {MODEL: job.file})
+            write_recipe(folder, job.recipe)
             if job.via:
                 from recast.convert.chain import legs_stage
 
@@ -101,17 +101,17 @@ def prepare(
     checks.check_out(job.out)
     layout = checks.check_model(checkpoint, job.recipe)
     source, objective = checks.objectives(checkpoint, job)
-    checks.check_recipe(job, checkpoint)
     checks.check_way(job, source, objective)
-    images = images_of(job)
+    checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
+    images = images_of(job)
     found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
     identity = identify(checkpoint, job, source, objective, found)
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
-    if not resumes:
     checks.check_file(job, identity)
-        checks.check_room(checkpoint, layout, job)
+    if not resumes:
         yield from start.check_distance(checkpoint, job)
+        checks.check_room(checkpoint, layout, job)
         if found:
             yield from checks.check_images(found, skip_broken=skips_broken(job))
     return source, objective, identity
@@ -122,8 +122,8 @@ def identify(
 ) -> dict[str, object]:
     """What names this run: the model, the images, the recipe."""
     from recast.convert.material import dream_plan, images_digest
-
     from recast.convert.start import identity
+
     dreamt = "" if found else f"dreamt {dream_plan(job, checkpoint, objective).digest('')}"
     recipe = job.recipe.model_dump(exclude={"about"})
     # see in_header
@@ -134,9 +134,9 @@ def identify(
         "objective": objective,
         "images": dreamt or images_digest(found),
         "recipe": recipe,
-    }
         **({"via": list(job.via)} if job.via else {}),
         **identity(job),
+    }
 
 
 def write_recipe(folder: Folder, recipe: Recipe) -> None:
@@ -164,7 +164,6 @@ def train_stage(
         yield Note("The adapter is trained already.")
         return
     from recast.adapter import attach, write_adapter
-    from recast.convert.material import gather
     from recast.convert.start import as_it_is, begin
 
     about = {**folder.stamp(), "recast.objective": objective}
@@ -172,6 +171,7 @@ def train_stage(
     if not job.trains:
         write_adapter(place, as_it_is(checkpoint, job), metadata=about, force=True)
         return
+    from recast.convert.material import gather
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
 
@@ -216,9 +216,9 @@ def file_stage(
     yield Stage("write", 2, "files")
     if not folder.has("patch.safetensors"):
         patch = patch_from(initial, trained)
-        about = {**folder.stamp(), "recast.objective": objective}
         if source != objective:
             patch = portable(patch, checkpoint, source)
+        about = {**folder.stamp(), "recast.objective": objective}
         write_adapter(
             folder.path("patch.safetensors"), patch, metadata=about, dtype="F16", force=True
         )
