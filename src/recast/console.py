@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from recast.events import Event, Note, Stage, Tick
+from recast.events import Event, Measured, Note, Stage, Tick
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -83,6 +83,8 @@ def _follow_bar(events: Iterable[Event]) -> None:
                 progress.update(task, completed=event.done, loss=mean)
             elif isinstance(event, Note):
                 progress.console.print(event.text, style="yellow", markup=False, highlight=False)
+            elif isinstance(event, Measured):
+                progress.console.print(told(event), style="dim", markup=False, highlight=False)
 
 
 def _follow_lines(events: Iterable[Event]) -> None:
@@ -93,6 +95,8 @@ def _follow_lines(events: Iterable[Event]) -> None:
             ERR.print(f"{event.name}: {event.done}/{event.total} {event.unit}", highlight=False)
         elif isinstance(event, Note):
             ERR.print(event.text, markup=False, highlight=False)
+        elif isinstance(event, Measured):
+            ERR.print(told(event), markup=False, highlight=False)
         elif isinstance(event, Tick):
             mean = smooth(mean, event.loss)
             now = time.monotonic()
@@ -105,6 +109,12 @@ def _follow_lines(events: Iterable[Event]) -> None:
                     f"ETA {left:.0f} s{loss}",
                     highlight=False,
                 )
+
+
+def told(event: Measured) -> str:
+    """Figures of a run on one line."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in event.figures.items())
+    return f"step {event.step}: {values}"
 
 
 def smooth(mean: float | None, value: float | None, decay: float = 0.95) -> float | None:

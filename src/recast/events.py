@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -30,4 +31,12 @@ class Note:
     text: str
 
 
-Event = Stage | Tick | Note
+@dataclass(frozen=True)
+class Measured:
+    """Figures of the run after `step` steps: drift, PSNR of previews, …"""
+
+    step: int
+    figures: Mapping[str, float]
+
+
+Event = Stage | Tick | Note | Measured

@@ -172,12 +172,13 @@ def train_stage(
         write_adapter(place, as_it_is(checkpoint, job), metadata=about, force=True)
         return
     from recast.convert.material import gather
+    from recast.convert.fixed import parts
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
 
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
-    model = open_part(job, source, ("unet",))
+    model = open_part(job, source, parts(job.recipe))
     start = yield from begin(checkpoint, folder, model, job, material, target)
     attached = attach({"unet": model.unet}, start.adapter, start.sites)
     attached.hold(start.held)

@@ -129,7 +129,7 @@ def clear(root: Path, outputs: tuple[str, ...]) -> None:
     """Remove a run's own files: the outputs it is known to write, its state and its caches."""
     for name in (*outputs, "recipe.toml", "log.jsonl", "pictures.png"):
         (root / name).unlink(missing_ok=True)
-    for name in ("state", "cache", "pairs", "pictures", "tb"):
+    for name in ("state", "cache", "pairs", "pictures", "previews", "tb", "watch"):
         if (root / name).is_dir():
             shutil.rmtree(root / name)
     (root / IDENTITY).unlink(missing_ok=True)  # last, so that a kill leaves the folder claimed

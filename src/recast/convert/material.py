@@ -144,6 +144,7 @@ def from_images(
     stopped: Callable[[], int],
 ) -> Generator[Event, None, Images]:
     """Encode a folder's images and captions into the run's cache; returns Images."""
+    from recast.convert import fixed
     from recast.data.cache import Dataset, Store, prepare
     from recast.data.folder import scan
     from recast.model import open_model
@@ -166,11 +167,12 @@ def from_images(
         yield Tick(len(made))
         if signal := stopped():
             raise Stopped(signal, "stopped while encoding images; the same command goes on there.")
+    taught, held = fixed.hold_out(made, job.recipe)
+    dataset = Dataset.of(store, taught)
+    fixed.prepare(model, folder, job, objective, fixed.known(dataset, held))
     # From here on every entry is read: the encoders can leave the device's memory.
     slim = replace(model, parts={})
-    return Images(
-        replace(Dataset.of(store, made), store=replace(store, model=slim)), job.recipe, objective
-    )
+    return Images(replace(dataset, store=replace(store, model=slim)), job.recipe, objective)
 
 
 def buckets(side: int) -> Buckets:
@@ -187,6 +189,7 @@ def from_dreams(
     stopped: Callable[[], int],
 ) -> Generator[Event, None, Replay]:
     """Let the original dream into the run's `pairs`; returns Replay."""
+    from recast.convert import fixed
     from recast.model import open_model
 
     plan = dream_plan(job, checkpoint, objective.name)
@@ -197,6 +200,7 @@ def from_dreams(
     shards = tuple(read_shards(folder.path("pairs"), plan, checkpoint.sha256()))
     prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
     conditions = encoded(model, prompts, plan.size)
+    fixed.prepare(model, folder, job, objective)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     return Replay(shards, conditions, rows, job.recipe, objective, job.device)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recast.convert.folder import Stopped
+from recast.convert.watch import Looked, Watch
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import Net, Objective
 from recast.optim import averaged, build
@@ -60,12 +61,14 @@ def learn(
 ) -> Generator[Event, None, Adapter]:
     """Train until the recipe's last step, resuming from the newest whole state below `root`.
 
-    Returns the trained adapter. Raises Diverged when steps stop being finite, Stopped on a signal.
+    Returns the trained adapter. Raises Diverged when steps stop being finite or the run collapses,
+    Stopped on a signal.
     """
     how = recipe.train
     parameters = attached.named()
     optimizer = build(how.optimizer, parameters.values(), lr=how.lr, **how.optimizer_args)
     ema = Ema(list(parameters.values()), how.ema) if how.ema else None
+    watch = Watch.open(recipe, model, objective, root)
     done, skipped, length = 0, 0, 0
     if found := latest(root / "state"):
         for path in found.damaged:
@@ -75,7 +78,9 @@ def learn(
             identity={"run": identity},
         )  # fmt: skip
         skipped, length = extra["skipped"], extra["log"]
-    yield Stage("train", how.limit, "steps", done)
+        watch.restore(extra["watch"])
+    untrained = None if watch.readings else watch.look(0)
+    yield Stage("train", watch.end, "steps", done)
     steps = train(
         student(model, objective),
         checked(material.draws(done), objective),
@@ -88,7 +93,7 @@ def learn(
         optimizer,
         accumulate=how.accumulate,
         clip=how.clip or None,
-        schedule=schedule(recipe),
+        schedule=schedule(recipe) if watch.pace is None else watch.factor,
         ema=ema,
         done=done,
         skipped=skipped,
@@ -96,24 +101,39 @@ def learn(
     with ExitStack() as stack:
         log = stack.enter_context(open_log(root / "log.jsonl", length))
         board = stack.enter_context(Board(root / "tb", done))
-        for step in steps if done < how.limit else ():
-            append(log, record(step))
-            board.add(step)
+        if untrained is not None:
+            board.write(0, untrained.scalars)
+        for step in steps if done < watch.end else ():
+            looked = Looked()
+            if watch.due(step.step):
+                with weights_shown(optimizer, ema):
+                    looked = watch.look(step.step)
+            begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
+            append(log, record(step) | begun | looked.record)
+            board.add(step, looked.scalars)
             yield Tick(step.step, step.loss)
+            yield from looked.events
+            watch.check(step.step)
             signal = stopped()
             # what a step that was skipped leaves may be lost already: older states stay
             due = step.step % how.checkpoint_every == 0 and not step.skipped
-            if signal or due or step.step == how.limit:
+            if signal or due or step.step == watch.end:
                 save(
                     root / "state", step=step.step, parameters=parameters, optimizer=optimizer,
                     ema=ema, identity={"run": identity},
-                    extra={"skipped": step.skipped, "log": log_length(log)},
+                    extra={
+                        "skipped": step.skipped, "log": log_length(log), "watch": watch.saved()
+                    },
+                    keep=watch.keep(),
                 )  # fmt: skip
             if signal:
                 raise Stopped(
                     signal, f"stopped after step {step.step}; the same command goes on there."
                 )
-    return shown(attached, optimizer, ema)
+            if step.step == watch.end:
+                break
+    with weights_shown(optimizer, ema):
+        return attached.trained()
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:
@@ -124,13 +144,11 @@ def precision(recipe: Recipe, device: str) -> torch.dtype:
     return PRECISION[name]
 
 
-def shown(attached: Attached, optimizer: Optimizer, ema: Ema | None) -> Adapter:
-    """What training ended with: averaged weights where the optimizer or the recipe keeps them."""
-    if ema is not None:
-        with ema.shown():
-            return attached.trained()
-    with averaged(optimizer):
-        return attached.trained()
+@contextmanager
+def weights_shown(optimizer: Optimizer, ema: Ema | None) -> Iterator[None]:
+    """Inside, the weights are the result's: averages, if the optimizer or the recipe keeps them."""
+    with averaged(optimizer) if ema is None else ema.shown():
+        yield
 
 
 def student(model: Model, objective: Objective) -> Callable[[Draw], Tensor]:
@@ -200,7 +218,7 @@ class Board:
         self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         self.mean: float | None = None
 
-    def add(self, step: Step) -> None:
+    def add(self, step: Step, more: Mapping[str, float]) -> None:
         self.mean = step.loss if self.mean is None else 0.99 * self.mean + 0.01 * step.loss
         values = {
             "loss/current": step.loss,
@@ -212,8 +230,11 @@ class Board:
         tenths = (step.times * 10).long().clamp(0, 9)
         for tenth in tenths.unique().tolist():
             values[f"loss/t{tenth:02d}"] = step.losses[tenths == tenth].mean().item()
+        self.write(step.step, values | dict(more))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step.step)
+            self.writer.add_scalar(name, value, step)
 
     def __enter__(self) -> Board:
         return self

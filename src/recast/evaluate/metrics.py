@@ -55,11 +55,25 @@ def total_variation(pictures: Tensor) -> Tensor:
 
 def colour_entropy(pictures: Tensor) -> Tensor:
     """Bits of the histogram over 8 x 8 x 8 colours, 0 (one colour) to 9 (all alike)."""
+    share = histogram(pictures)
+    return -(share * torch.log2(share.clamp(min=1e-300))).sum(1)
+
+
+def histogram(pictures: Tensor) -> Tensor:
+    """Share of each of 8 x 8 x 8 colours, (B, 512)."""
     levels = ((pictures.double() + 1) * 4).long().clamp(0, 7)
     cells = (levels[:, 0] * 64 + levels[:, 1] * 8 + levels[:, 2]).flatten(1)
-    counts = F.one_hot(cells, 512).sum(1).double()
-    share = counts / counts.sum(1, keepdim=True)
-    return -(share * torch.log2(share.clamp(min=1e-300))).sum(1)
+    counts = torch.stack([torch.bincount(row, minlength=512) for row in cells]).double()
+    return counts / counts.sum(1, keepdim=True)
+
+
+def sharpness(pictures: Tensor) -> Tensor:
+    """Variance of the luminance's Laplacian: falls with blur, grows with noise and ringing."""
+    grey = pictures.double().mean(1)
+    inner = grey[:, 1:-1, 1:-1]
+    across = grey[:, 1:-1, 2:] + grey[:, 1:-1, :-2]
+    down = grey[:, 2:, 1:-1] + grey[:, :-2, 1:-1]
+    return (across + down - 4 * inner).flatten(1).var(1)
 
 
 def spectrum_slope(pictures: Tensor) -> Tensor:
@@ -94,6 +108,7 @@ def statistics(pictures: Sequence[Tensor]) -> Statistics:
                     x.mean(),
                     x.mean(1).std(),
                     spread.mean(),
+                    sharpness(x)[0],
                 ]
             )
         )

@@ -106,6 +106,7 @@ class Statistics:
     brightness: float
     contrast: float
     saturation: float
+    sharpness: float = 0.0
 
 
 @dataclass(frozen=True)
