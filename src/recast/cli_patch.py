@@ -90,10 +90,10 @@ def merge(
     --out mixed.safetensors
     """
     from recast.adapter.merge import weights, write_merged
-    from recast.checkpoint import Checkpoint
+    from recast.layout import open_checkpoint
 
     shares = weights(weight or [])
-    with Checkpoint(model_path(a)) as one, Checkpoint(model_path(b)) as other:
+    with open_checkpoint(model_path(a)) as one, open_checkpoint(model_path(b)) as other:
         sha256 = write_merged(one, other, shares, out, force=force)
     facts = {"file": str(out), "weights": shares.texts(), "sha256": sha256}
     console.emit(facts) if json else show_file(facts)
