@@ -17,6 +17,7 @@ from recast.adapter import refuse_residual
 from recast.adapter.decompose import matrices
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room, standing
+from recast.convert import groups
 from recast.convert.folder import Folder, digest_of
 from recast.errors import Refused
 from recast.events import Event, Stage, Tick
@@ -67,10 +68,11 @@ def check_model(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     refuse_residual(checkpoint)
     wanted(checkpoint, layout, PARTS)
     preferred_size(checkpoint, layout)
-    sites = layout.sites(recipe.train.profile)
+    groups.check(layout, recipe)
+    sites = layout.sites(recipe.train.places)
     if others := sorted({site.part for site in sites} - {"unet"}):
         raise Refused(
-            f"train.profile {recipe.train.profile!r} names layers of {', '.join(others)}: "
+            f"train.profile {recipe.train.places!r} names layers of {', '.join(others)}: "
             "give layers of the UNet, the only part that is trained."
         )
     if recipe.train.rank:
@@ -88,6 +90,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     from recast.sample.solvers import find_solver
 
     recipe = job.recipe
+    check_draws(recipe, replays=images_of(job) is None)
     find_solver(recipe.evaluate.solver)
     build(
         recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
@@ -99,6 +102,29 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
         dream_plan(job, checkpoint, recipe.target.objective)
     if job.measure and recipe.evaluate.prompts:
         prompts_for(Path(recipe.evaluate.prompts), checkpoint)
+
+
+def check_draws(recipe: Recipe, *, replays: bool) -> None:
+    """Refuse keys of times, noise and targets that would do nothing, or undo one another."""
+    how, noise = recipe.train, recipe.noise
+    if how.times == "loss-aware" and (how.shift != 1 or how.shift_side):
+        raise Refused(
+            "loss-aware times find their own place: set train.shift to 1, shift_side to 0."
+        )
+    if how.times == "loss-aware" and how.weighting == "edm2":
+        raise Refused(
+            "train.weighting edm2 makes the loss alike everywhere, which leaves loss-aware times "
+            "nothing to go by: choose one of the two."
+        )
+    if recipe.target.guided != 1 and recipe.target.teacher == "data":
+        raise Refused("target.guided is about the original's answers, which teacher data ignores.")
+    if replays and (
+        noise.multires or noise.offset or noise.perturbation or noise.pairing != "none"
+    ):
+        raise Refused(
+            "the pictures that the original makes bring their own noise: give --images, or leave "
+            "the recipe's section noise out."
+        )
 
 
 def check_out(out: Path) -> None:
@@ -144,7 +170,7 @@ def check_room(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
     """Raise NoRoom unless the result, what is trained and its states have room."""
     rank = job.recipe.train.rank
     trained = 0
-    for site in layout.sites(job.recipe.train.profile):
+    for site in layout.sites(job.recipe.train.places):
         wide = math.prod(site.shape[1:])
         trained += rank * (site.shape[0] + wide) if rank else site.shape[0] * wide
     # fp32 adapter, fp16 patch; a state holds the weights and two moments
