@@ -79,6 +79,15 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class NullLevel:
+    """Relative distance of the answers to the empty prompt and to zeroed conditioning."""
+
+    low: float
+    high: float
+    distance: float
+
+
+@dataclass(frozen=True)
 class Identity:
     """The new file under the new and the old sampler, against the original's pictures.
 
