@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,19 +14,54 @@ from recast.cli_common import Device, Force, Json, Model, Source, device_of, mod
 from recast.errors import CheckFailed, Refused
 from recast.show import say, show_file
 
+if TYPE_CHECKING:
+    from recast.evaluate.values import NullLevel
+
 
 def inspect(
     file: Annotated[str, typer.Argument(help="A checkpoint, adapter or patch.")],
+    null: Annotated[
+        bool,
+        typer.Option(
+            "--null",
+            help="Load the networks; measure how far the empty prompt is from zeroed conditioning.",
+        ),
+    ] = False,
+    source: Source = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Say what a file is: architecture, parts, objective and the evidence for it, provenance.
+
+    Only the header is read, unless --null is given.
 
     Example: recast inspect model.safetensors
     """
     from recast.inspection import describe
 
     facts = describe(model_path(file))
+    if null:
+        found = _null(model_path(file), device_of(device), source)
+        if json:
+            facts["null"] = [dataclasses.asdict(level) for level in found]
+        else:
+            facts["empty prompt against zeroed conditioning, by noise level"] = {
+                f"{level.low:.1f} to {level.high:.1f}": f"{level.distance:.1%}" for level in found
+            }
     console.emit(facts) if json else show_file(facts)
+
+
+def _null(path: Path, device: str, source: str | None) -> tuple[NullLevel, ...]:
+    """Measure the null conditions on pictures of a few prompts of the model's own kind."""
+    from recast.dream import prompts_for
+    from recast.evaluate.null import null_distance
+    from recast.layout import open_checkpoint
+    from recast.model import open_model
+
+    with open_checkpoint(path) as checkpoint:
+        texts = prompts_for(None, checkpoint)
+    model = open_model(path, device=device, parts=("unet", "te1", "te2"), objective=source)
+    return null_distance(model, texts[:: max(1, len(texts) // 4)][:4])
 
 
 def sample(

@@ -78,11 +78,3 @@ def levels(
             apart += (one - other).square().sum().item()
             whole += one.square().sum().item()
         yield NullLevel(k / bins, (k + 1) / bins, (apart / whole) ** 0.5 if whole else 0.0)
-
-
-def table(found: Sequence[NullLevel]) -> list[str]:
-    """Lines for a terminal."""
-    return [
-        "noise level t   empty prompt against zeros",
-        *(f"{level.low:.1f} … {level.high:.1f}       {level.distance:.1%}" for level in found),
-    ]
