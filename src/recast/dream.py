@@ -38,7 +38,11 @@ POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to dream of, and how; `jitter` in grid steps, `size` in pixels, None the model's own."""
+    """What to dream of, and how; `jitter` in grid steps, `size` in pixels, None the model's own.
+
+    null: what is no prompt: empty (the negative), zero (zeroed conditioning) or both, then
+    `zero_share` of the pictures have zeros.
+    """
 
     prompts: tuple[str, ...]
     pictures: int = 100
@@ -49,11 +53,21 @@ class Plan:
     size: int | None = None
     objective: str = "flow"
     negative: str = field(default="", kw_only=True)
+    null: str = field(default="empty", kw_only=True)
+    zero_share: float = field(default=0.5, kw_only=True)
 
     def digest(self, model_sha256: str) -> str:
         """Names the pairs: the plan and the model that dreamt."""
         text = json.dumps({"model": model_sha256, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def zeroed(self, first: int, count: int) -> tuple[bool, ...]:
+        """Which pictures have zeroed conditioning as what is no prompt."""
+        import random
+
+        share = {"empty": 0.0, "zero": 1.0, "both": self.zero_share}[self.null]
+        places = range(first, first + count)
+        return tuple(random.Random(f"{self.seed}/zero/{k}").random() < share for k in places)
 
     def order(self) -> list[str]:
         """A prompt for every picture: the list over and over, shuffled anew each time."""
@@ -71,13 +85,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shard:
-    """A batch of pictures' states: x, u and u without prompt are (S, B, C, h, w), t is (S,)."""
+    """A batch of pictures' states: x, u and u without prompt are (S, B, C, h, w), t is (S,).
+
+    `zeroed` says of each picture whether u_null is the answer to zeroed conditioning.
+    """
 
     prompts: tuple[str, ...]
     t: Tensor
     x: Tensor
     u: Tensor
     u_null: Tensor
+    zeroed: tuple[bool, ...] = ()
 
 
 def prompts_for(file: Path | None, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -147,6 +165,10 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
     eps = torch.stack([torch.randn(shape, generator=each) for each in noise])
     times = jittered(plan, objective.path, first)
     condition = model.condition([*texts, *[plan.negative] * len(texts)], size=size)
+    zeroed = plan.zeroed(first, len(texts))
+    if any(zeroed):
+        rows = torch.tensor([False] * len(texts) + list(zeroed), device=condition.context.device)
+        condition = condition.zeros().where(rows, condition)
     net = express(model.net(condition), model.objective, objective)
     kept: list[tuple[Tensor, ...]] = []
     start = eps.to(model.device)
@@ -160,7 +182,7 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
         )
     t, x, u, u_null = (torch.stack(column) for column in zip(*kept, strict=True))
     half = torch.float16
-    return Shard(tuple(texts), t.float(), x.to(half), u.to(half), u_null.to(half))
+    return Shard(tuple(texts), t.float(), x.to(half), u.to(half), u_null.to(half), zeroed)
 
 
 def jittered(plan: Plan, path: Levels, first: int) -> Tensor:
@@ -195,7 +217,8 @@ def read_shards(folder: Path, plan: Plan, model_sha256: str) -> list[Shard]:
             raise Refused(f"{path} is missing or of another plan: run recast dream again.")
         with Checkpoint(path) as file:
             texts = tuple(json.loads(file.metadata["recast.prompts"]))
-            found.append(Shard(texts, *(file[key] for key in ("t", "x", "u", "u_null"))))
+            zeroed = plan.zeroed(count, len(texts))
+            found.append(Shard(texts, *(file[key] for key in ("t", "x", "u", "u_null")), zeroed))
         count += len(texts)
     return found
 

@@ -117,6 +117,11 @@ def dropped(seed: int, step: int, place: int, rate: float) -> bool:
     return uniform(seed, "caption", step, place) < rate
 
 
+def zeros(seed: int, step: int, place: int, share: float) -> bool:
+    """True where a caption that is left out at `place` of batch `step` leaves zeros."""
+    return uniform(seed, "zeros", step, place) < share
+
+
 def digest(seed: int, *counters: Hashable) -> bytes:
     """Hash a seed and counters to 32 bytes."""
     return blake2b(repr((seed, *counters)).encode(), digest_size=32).digest()

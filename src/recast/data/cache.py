@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recast.checkpoint import Checkpoint, write_dict
-from recast.data.batches import Plan, batch, dropped, plan
+from recast.data.batches import Plan, batch, dropped, plan, zeros
 from recast.data.buckets import Buckets, Fit, apply, fit, square
 from recast.data.folder import Example, Folder
 from recast.data.images import WHITE, header, load, to_tensor
@@ -31,6 +31,7 @@ VERSION = 1  # of what an entry means: raise it when the same key would get anot
 KEY, CONTENT = "recast.key", "recast.content"
 Tensors = Mapping[str, Tensor]
 Outcome = Literal["read", "made", "remade"]
+Null = Literal["empty", "zero", "both"]
 
 
 def fetch(
@@ -221,23 +222,27 @@ class Dataset:
         size: int,
         *,
         dropout: float = 0.0,
-        null: Literal["empty", "zero"] = "empty",
+        null: Null = "empty",
+        zero_share: float = 0.5,
     ) -> Batch:
         """Return batch `step`: a pure function of its arguments, entries remade where they must be.
 
-        dropout: the share of captions replaced by the empty prompt, or by zeros.
+        dropout: the share of captions replaced by the empty prompt, by zeros, or by both, then
+        `zero_share` of them by zeros.
         """
         index = batch(self.plan, step, seed, size)
         entries = [self.entries[i] for i in index]
         latents = [self.store.latent(e.example, e.fit, e.image)[0] for e in entries]
         without = [dropped(seed, step, place, dropout) for place in range(size)]
+        share = {"empty": 0.0, "zero": 1.0, "both": zero_share}[null]
+        zeroed = [gone and zeros(seed, step, k, share) for k, gone in enumerate(without)]
         captions = [
-            "" if gone and null == "empty" else entry.example.caption
+            "" if gone else entry.example.caption
             for entry, gone in zip(entries, without, strict=True)
         ]
         condition = self.store.condition(captions, [entry.fit for entry in entries])
         device = self.store.model.device
-        if null == "zero" and any(without):
-            condition = condition.zeros().where(torch.tensor(without, device=device), condition)
+        if any(zeroed):
+            condition = condition.zeros().where(torch.tensor(zeroed, device=device), condition)
         x0 = torch.stack(latents).to(device, torch.float32)
         return Batch(x0, condition, torch.tensor(index))
