@@ -89,8 +89,9 @@ def test_what_detection_refuses_is_a_problem(tmp_path: Path) -> None:
 
 def test_residuals_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    generate(path, tiny.ONE, metadata={"recast.role": "residual"})
+    generate(path, tiny.ONE, metadata={"recast.role": "residual", "recast.split": "unet=4,te1=2"})
     assert "residual" in describe(path)["problems"][0]
+    assert "UNet and text encoder lacks" in describe(path)["problems"][0]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_adapters(
     write_dict(path, {name: torch.zeros(4, 4) for name in names})
     facts = describe(path)
     assert (facts["kind"], facts["family"], facts["modules"]) == (kind, family, modules)
-    refused = any("refuses" in note for entry in facts["loaders"] for note in entry["notes"])
+    refused = any("refuses" in entry["note"] for entry in facts["loaders"])
     assert refused == (kind == "patch")
 
 

@@ -12,7 +12,7 @@ LAYERS = {
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
     **dict.fromkeys(["markers", "quantise", "timesteps", "weighting"], 0.3),
     "layout": 2,
-    "text": 2.5,
+    **dict.fromkeys(["text", "adapter_facts"], 2.5),
     **dict.fromkeys(["model", "adapter"], 3),
     **dict.fromkeys(["train", "distill", "sample", "data", "optim", "pocket"], 4),
     **dict.fromkeys(["evaluate", "recipe", "inspection"], 5),

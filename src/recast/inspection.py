@@ -8,16 +8,18 @@ reported as a problem.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from recast.adapter_facts import adapter_facts
 from recast.checkpoint import Checkpoint, Spec
 from recast.errors import Refused
 from recast.layout import SD15, SDXL, Layout, detect, open_checkpoint
-from recast.layout.names import TEXTS, UNET, VAE, is_adapter
+from recast.layout.names import TEXTS, UNET, VAE, is_adapter, named, split_parts
+from recast.layout.peft import adapter_files, is_peft_folder
 from recast.markers import MARKERS, Evidence, read_objective
 
 Facts = dict[str, Any]
@@ -29,22 +31,6 @@ PREFIXES = {
     "te1": tuple(texts["te1"] for texts in TEXTS.values()),
     "te2": tuple(texts["te2"] for texts in TEXTS.values() if "te2" in texts),
 }
-ADAPTER_PARTS = {
-    "lora_unet_": "unet",
-    "unet.": "unet",
-    "diffusion_model.": "unet",
-    "lora_te1_": "te1",
-    "lora_te_": "te1",
-    "text_encoder.": "te1",
-    "lora_te2_": "te2",
-    "text_encoder_2.": "te2",
-}
-# module and suffix of an adapter's tensor, in the names of kohya, ComfyUI, diffusers and PEFT
-SUFFIX = re.compile(
-    r"(base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<suffix>(lora|_lora)[._]\w+(\.default)?(\.weight)?|alpha|dora_scale|diff(_b)?|[wb]_norm"
-    r"|(hada|lokr|oft)_\w+|set_weight|reshape_weight|bias_\w+)"
-)
 
 
 def describe(path: Path | str, *, hashed: bool = False) -> Facts:
@@ -53,25 +39,33 @@ def describe(path: Path | str, *, hashed: bool = False) -> Facts:
     kind: checkpoint, adapter, patch, vae or unknown. hashed: also read the whole file for its
     sha256. Raises Refused for a file that cannot be read.
     """
-    with open_checkpoint(path) as file:
-        kind = _kind(file)
+    with ExitStack() as stack:
+        files, kind = _files(Path(path), stack)
+        specs = [spec for file, _ in files for spec in file.specs.values()]
+        first = files[0][0]
         facts: Facts = {
-            "path": str(file.path),
-            "format": "diffusers folder" if file.path.is_dir() else None,
+            "path": str(path),
+            "format": "diffusers folder" if Path(path).is_dir() else None,
             "kind": kind,
-            "bytes": file.nbytes,
-            "tensors": len(file.specs),
-            "parameters": sum(spec.numel for spec in file.specs.values()),
-            "dtypes": _dtypes(file.specs.values()),
+            "bytes": sum(file.nbytes for file, _ in files),
+            "tensors": len(specs),
+            "parameters": sum(spec.numel for spec in specs),
+            "dtypes": _dtypes(specs),
         }
-        if kind in ("adapter", "patch"):
-            facts |= _adapter(file)
-        else:
-            facts |= _checkpoint(file)
-        facts["provenance"] = _provenance(file.metadata)
-        if hashed:
-            facts["sha256"] = file.sha256()
+        facts |= adapter_facts(files) if kind in ("adapter", "patch") else _checkpoint(first)
+        facts["provenance"] = _provenance(first.metadata)
+        if hashed and len(files) == 1:
+            facts["sha256"] = first.sha256()
         return facts
+
+
+def _files(path: Path, stack: ExitStack) -> tuple[list[tuple[Checkpoint, str]], str]:
+    """The files to describe, with the part each is for, and their kind."""
+    if is_peft_folder(path):
+        files = adapter_files(path)
+        return [(stack.enter_context(Checkpoint(file)), part) for file, part in files], "adapter"
+    file = stack.enter_context(open_checkpoint(path))
+    return [(file, "")], _kind(file)
 
 
 def _kind(file: Checkpoint) -> str:
@@ -117,7 +111,11 @@ def _layout(file: Checkpoint) -> tuple[Layout | None, list[str]]:
         return None, [str(refusal)]
     problems = []
     if file.metadata.get("recast.role") == "residual":
-        problems.append("a residual, which is no model without the adapter split off with it")
+        parts = named(split_parts(file.metadata)) or "split part"
+        problems.append(
+            f"a residual, which is no model: the {parts} lacks the principal weights that the "
+            "adapter of the split holds, and both must be applied together"
+        )
     if any(spec.dtype.startswith("F8") for spec in file.specs.values()):
         problems.append("some weights are fp8: they are widened when read")
     return layout, problems
@@ -204,61 +202,6 @@ def _diffusers_remedy(objective: str | None) -> str:
     if objective == "v-zsnr":
         setting += ', rescale_betas_zero_snr=True, timestep_spacing="trailing"'
     return f"give the pipeline a scheduler with {setting}"
-
-
-def _adapter(file: Checkpoint) -> Facts:
-    """What an adapter changes, and which loaders will not read all of it."""
-    modules: dict[str, set[str]] = {}
-    for key in file.specs:
-        if match := SUFFIX.fullmatch(key):
-            modules.setdefault(match["module"], set()).add(match["suffix"])
-    ranks = Counter(
-        spec.shape[0]
-        for key, spec in file.specs.items()
-        if key.endswith((".lora_down.weight", ".lora_A.weight")) and spec.shape
-    )
-    parts = Counter(_adapter_part(lora) for lora in modules)
-    meta = file.metadata
-    return {
-        "family": meta.get("recast.family") or _adapter_family(modules, meta),
-        "role": meta.get("recast.role"),
-        "modules": dict(parts),
-        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "base_sha256": meta.get("recast.base_sha256") or meta.get("ss_new_sd_model_hash"),
-        "objective": {"name": meta.get("recast.objective"), "evidence": [], "contradictions": []},
-        "loaders": _adapter_loaders(modules, meta),
-        "problems": [],
-    }
-
-
-def _adapter_part(lora: str) -> str:
-    return next((part for head, part in ADAPTER_PARTS.items() if lora.startswith(head)), "other")
-
-
-def _adapter_family(modules: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """By metadata, or by names: only SDXL has lora_te2_ and ldm paths in the UNet."""
-    version = metadata.get("ss_base_model_version", "")
-    if version.startswith("sdxl") or version == "sd_v1":
-        return "sdxl" if version.startswith("sdxl") else "sd15"
-    if any(name.startswith(("lora_te2_", "lora_unet_input_blocks_")) for name in modules):
-        return "sdxl"
-    if any(name.startswith(("lora_te_", "lora_unet_down_blocks_3_")) for name in modules):
-        return "sd15"
-    return None
-
-
-def _adapter_loaders(modules: Mapping[str, set[str]], metadata: Mapping[str, str]) -> list[Facts]:
-    suffixes = set().union(*modules.values()) if modules else set()
-    notes: dict[str, list[str]] = {"ComfyUI": [], "diffusers": []}
-    full = suffixes & {"diff", "diff_b", "w_norm", "b_norm"}
-    if full or "lora_mid.weight" in suffixes:
-        notes["diffusers"].append("refuses the file: it has full or Tucker entries")
-    if "dora_scale" in suffixes:
-        notes["diffusers"].append("drops dora_scale, so pictures differ")
-    if metadata.get("recast.role", "").startswith("pissa"):
-        notes["ComfyUI"].append("must be given the residual of the split as checkpoint")
-        notes["diffusers"].append("must be given the residual of the split as model")
-    return [{"loader": loader, "notes": told} for loader, told in notes.items()]
 
 
 def _provenance(metadata: Mapping[str, str]) -> Facts:

@@ -21,10 +21,10 @@ from recast.adapter import (
     verify_split,
     zeros_full,
 )
-from recast.adapter.places import split_parts
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import detect
+from recast.layout.names import split_parts
 from recast.model import open_model
 from recast.verification import Question, split_answers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Site, detect
-from recast.layout.names import PART_NAMES, part_of
+from recast.layout.names import PART_NAMES, SPLIT, named, part_of, split_parts
 from recast.lowrank import Full, LowRank
 
 
@@ -65,19 +65,10 @@ def read_site(checkpoint: Checkpoint, site: Site) -> Tensor:
     return Place("", site).view(checkpoint[site.key])
 
 
-SPLIT = "recast.split"  # of a residual's header: its split parts and how many layers of each
-
-
 def split_field(sites: Iterable[Site]) -> dict[str, str]:
     """What a residual's header says about the layers that were split, as `unet=788,te1=72`."""
     counts = Counter(site.part for site in sites)
     return {SPLIT: ",".join(f"{part}={counts[part]}" for part in PART_NAMES if counts[part])}
-
-
-def split_parts(metadata: Mapping[str, str]) -> dict[str, int]:
-    """The split parts of a residual and how many layers of each; empty where it does not say."""
-    fields = (field.partition("=") for field in metadata.get(SPLIT, "").split(","))
-    return {part: int(count) for part, _, count in fields if count.isdecimal()}
 
 
 def refuse_residual(checkpoint: Checkpoint) -> None:
@@ -108,8 +99,3 @@ def refuse_partial(residual: Checkpoint, entries: Mapping[str, LowRank | Full]) 
             f"brings only {counts}: the {named(short)} would answer with what is left of it; give "
             "the whole adapter of that split, or split only what is trained."
         )
-
-
-def named(parts: Iterable[str]) -> str:
-    """Parts in words, as `UNet and text encoder`."""
-    return " and ".join(PART_NAMES[part] for part in parts if part in PART_NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -21,6 +22,8 @@ PART_NAMES = {"unet": "UNet", "vae": "VAE", "te1": "text encoder", "te2": "secon
 # part: how its modules' names begin in kohya's files (SD 1.5 has no number)
 LORA_HEADS = {"unet": ("lora_unet_",), "te1": ("lora_te1_", "lora_te_"), "te2": ("lora_te2_",)}
 
+SPLIT = "recast.split"  # of a residual's header: its split parts and how many layers of each
+
 # tensors that trainers and loaders leave in files and that no network reads
 EXTRAS = tuple(
     re.compile(pattern)
@@ -35,7 +38,8 @@ EXTRAS = tuple(
 )
 ADAPTER = re.compile(
     r".*(\.lora_(up|down|mid|A|B)(\.\w+)?\.weight|_lora\.(up|down)\.weight|\.(hada|lokr)_w\w+"
-    r"|\.diff(_b)?|\.[wb]_norm|\.oft_\w+|\.dora_scale|\.lora\.(up|down)\.weight)"
+    r"|\.diff(_b)?|\.[wb]_norm|\.oft_\w+|\.dora_scale|\.lora(_linear_layer)?\.(up|down)\.weight"
+    r"|\.lora_magnitude_vector.*)"
 )
 
 
@@ -52,3 +56,14 @@ def is_adapter(key: str) -> bool:
 def part_of(lora: str) -> str:
     """The part that a kohya module name belongs to, "" for a name without a known beginning."""
     return next((part for part, heads in LORA_HEADS.items() if lora.startswith(heads)), "")
+
+
+def split_parts(metadata: Mapping[str, str]) -> dict[str, int]:
+    """The split parts of a residual and how many layers of each; empty where it does not say."""
+    fields = (field.partition("=") for field in metadata.get(SPLIT, "").split(","))
+    return {part: int(count) for part, _, count in fields if count.isdecimal()}
+
+
+def named(parts: Iterable[str]) -> str:
+    """Parts in words, as `UNet and text encoder`."""
+    return " and ".join(PART_NAMES[part] for part in parts if part in PART_NAMES)
