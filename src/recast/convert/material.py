@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 BUCKETED = 256  # pixels of a side from which pictures keep their aspect
 CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
+ZERO = "\0"  # no prompt can be that: names the row of zeroed conditioning
 
 
 class Material(Protocol):
@@ -57,8 +58,9 @@ class Images:
             for micro in range(how.accumulate):
                 number = step * how.accumulate + micro
                 batch = self.dataset.batch(
-                    number, how.seed, how.batch, dropout=data.caption_dropout
-                )
+                    number, how.seed, how.batch, dropout=data.caption_dropout, null=data.null,
+                    zero_share=data.zero_share,
+                )  # fmt: skip
                 noise = seeded(how.seed, "noise", number)
                 eps = torch.randn(batch.x0.shape, generator=noise).to(batch.x0)
                 yield noised(
@@ -70,7 +72,8 @@ class Images:
 class Replay:
     """States and velocities of pictures that the original made, and the prompts they were made of.
 
-    `conditions` has a row for every prompt of `rows`; the last one is the empty prompt's.
+    `conditions` has a row for every prompt of `rows`; the last one is the empty prompt's, the one
+    before it (ZERO) all zeros.
     """
 
     shards: tuple[Shard, ...]
@@ -100,7 +103,8 @@ class Replay:
             t.append(shard.t[step])
             x.append(shard.x[step, k])
             u.append((shard.u_null if gone else shard.u)[step, k])
-            row.append(self.rows["" if gone else shard.prompts[k]])
+            unprompted = ZERO if shard.zeroed[k] else ""
+            row.append(self.rows[unprompted if gone else shard.prompts[k]])
         return self._draw(torch.stack(t), torch.stack(x), torch.stack(u), torch.tensor(row))
 
     def _draw(self, t: Tensor, x: Tensor, u: Tensor, row: Tensor) -> Draw:
@@ -191,6 +195,7 @@ def from_dreams(
     """Let the original dream into the run's `pairs`; returns Replay."""
     from recast.convert import fixed
     from recast.model import open_model
+    from recast.text.encode import cat
 
     plan = dream_plan(job, checkpoint, objective.name)
     model = open_model(job.model, device=job.device, objective=source)
@@ -201,7 +206,8 @@ def from_dreams(
     prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
     conditions = encoded(model, prompts, plan.size)
     fixed.prepare(model, folder, job, objective)
-    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    conditions = cat([conditions[:-1], conditions[-1].zeros(), conditions[-1]])
+    rows = {prompt: row for row, prompt in enumerate([*prompts[:-1], ZERO, ""])}
     return Replay(shards, conditions, rows, job.recipe, objective, job.device)
 
 
@@ -230,6 +236,8 @@ def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
         seed=job.recipe.train.seed,
         size=data.size or None,
         objective=objective,
+        null=data.null,
+        zero_share=data.zero_share,
     )
 
 
