@@ -3,11 +3,13 @@
     split:   R + B A   against W           rebuild:   file   against   W + (T - T0)
 
 Every tensor is compared: largest and relative (Frobenius) error, and the share of entries that have
-the same bits after rounding to the dtype of the original.
+the same bits after rounding to the dtype of the original. The sign of a zero does not survive a sum
+and is not compared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,10 +21,12 @@ from recast.adapter.places import places, refuse_partial, refuse_residual
 from recast.adapter.rebuild import rebuild, refuse_other_base
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
+from recast.lowrank import Full, LowRank
 from recast.markers import strip
 
 TOLERANCES = {"F32": 1e-6, "F16": 3e-4, "BF16": 3e-3}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PART = 1 << 16  # numbers that are compared at once
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def verify_split(
             if key in where:
                 got = got.to(torch.promote_types(got.dtype, torch.float32))
                 for place in where[key]:
-                    place.view(got).add_(adapter.entries[place.name].dense())
+                    _add(place.view(got), adapter.entries[place.name])
             yield key, original[key], got
+            del got  # before the next is read
 
     return _verdict(original, residual, pairs(), tolerance)
 
@@ -140,15 +145,11 @@ def _verdict(
     errors: list[TensorError] = []
     off = whole = same = count = 0.0
     for key, want, got in pairs:
-        exact = _same_bits(got.to(want.dtype), want)
-        wide = got.double()
-        gap = wide - want.double()
-        square, norm = gap.square().sum().item(), want.double().square().sum().item()
-        relative = (square / norm) ** 0.5 if norm else (float("inf") if square else 0.0)
-        largest = gap.abs().max().item() if gap.numel() else 0.0
-        errors.append(TensorError(key, largest, relative, exact))
+        error, square, norm = _compared(key, want, got)
+        errors.append(error)
         off, whole = off + square, whole + norm
-        same, count = same + exact * want.numel(), count + want.numel()
+        same, count = same + error.exact * want.numel(), count + want.numel()
+        del want, got  # before the next are made
     both = {error.key for error in errors}
     return Verdict(
         tuple(errors),
@@ -160,8 +161,43 @@ def _verdict(
     )
 
 
-def _same_bits(a: Tensor, b: Tensor) -> float:
-    if not a.numel():
-        return 1.0
+def _compared(key: str, want: Tensor, got: Tensor) -> tuple[TensorError, float, float]:
+    """One tensor's error, and the squared norms of its gap and of what it should be.
+
+    In fp64 and in parts, so that nothing of the tensor's size is made.
+    """
+    largest = square = norm = same = 0.0
+    parts = zip(want.reshape(-1).split(PART), got.reshape(-1).split(PART), strict=True)
+    for should, is_ in parts:
+        if not should.numel():
+            continue
+        wide, exact = should.double(), is_.to(should.dtype)
+        gap = is_.double() - wide
+        largest = max(largest, gap.abs().max().item(), key=_or_infinity)
+        square, norm = square + gap.dot(gap).item(), norm + wide.dot(wide).item()
+        same += _same(exact, should)
+    relative = (square / norm) ** 0.5 if norm else (float("inf") if square else 0.0)
+    share = same / want.numel() if want.numel() else 1.0
+    return TensorError(key, largest, relative, share), square, norm
+
+
+def _same(a: Tensor, b: Tensor) -> int:
+    """How many entries have the same bits, or are both a zero."""
     kind = INTEGERS[a.element_size()]
-    return (a.contiguous().view(kind) == b.contiguous().view(kind)).double().mean().item()
+    alike = a.view(kind) == b.view(kind)
+    if alike.all():
+        return a.numel()
+    return int((alike | (a.float() == 0) & (b.float() == 0)).sum().item())
+
+
+def _or_infinity(value: float) -> float:
+    return float("inf") if math.isnan(value) else value
+
+
+def _add(weight: Tensor, entry: LowRank | Full) -> None:
+    """Add an entry to an fp32 weight; a product is added as it is formed."""
+    if isinstance(entry, Full):
+        weight.add_(entry.dense())
+        return
+    up, down = entry.up.to(weight.dtype), entry.down.to(weight.dtype).flatten(1)
+    weight.view(len(weight), -1).addmm_(up, down)
