@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from recast.errors import Refused
-from recast.recipe.sections import SECTIONS, Recipe
+from recast.recipe.sections import IMPOSSIBLE, SECTIONS, Recipe
 
 __all__ = ["SECTIONS", "Recipe", "differences", "dump_toml", "load", "override", "presets"]
 
@@ -160,6 +160,8 @@ def _problem(detail: Any) -> str:
         known = SECTIONS[section[0]] if section else Recipe.model_fields
         near = get_close_matches(key, known, 1, 0.0)[0]
         return f"there is no key {path!r:.120}; the nearest is {'.'.join([*section, near])!r}"
+    if path == "target.objective" and detail["input"] in IMPOSSIBLE:
+        return f"{path} is {detail['input']!r}, and {IMPOSSIBLE[detail['input']]}"
     if detail["type"] == "literal_error":
         return f"{path} is {detail['input']!r:.60}; permitted are {detail['ctx']['expected']}"
     if path == "train.optimizer_args" or path.startswith("train.optimizer_args."):

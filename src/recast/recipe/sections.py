@@ -53,6 +53,14 @@ Shares = Annotated[float | list[list[float]], _curve(1)]
 Weights = Annotated[float | list[list[float]], _curve(MANY)]
 
 
+# objectives that people ask for and that no network can have
+IMPOSSIBLE = dict.fromkeys(
+    ("eps-zsnr", "epsilon-zsnr", "eps-ztsnr"),
+    "with zero terminal SNR a path ends in pure noise, where eps is the input itself and says "
+    "nothing of the picture: choose v-zsnr or flow",
+)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
