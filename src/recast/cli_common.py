@@ -15,7 +15,20 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
 Recipe = Annotated[str, typer.Option(help="A recipe that ships with Recast, or a TOML file.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; the recipe's otherwise.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="INTEGER|auto",
+        help="Training steps; auto: until the validation stops improving; the recipe's otherwise.",
+    ),
+]
+Judge = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of a CLIP or DINOv2 model: adds the CLIP score or FD-DINOv2; may be given "
+        "again."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of data order, noise and times.")]
 Source = Annotated[
     str | None,

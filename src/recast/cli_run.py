@@ -13,6 +13,7 @@ from recast.cli_common import (
     Far,
     Force,
     Json,
+    Judge,
     Model,
     Out,
     Recipe,
@@ -49,6 +50,7 @@ def convert(
     ] = None,
     far: Far = False,
     recipe: Recipe = "default",
+    judge: Judge = None,
     steps: Steps = None,
     seed: Seed = None,
     source: Source = None,
@@ -66,8 +68,8 @@ def convert(
     from recast.convert import Job, run
 
     job = Job(
-        model_path(model), out, recipe_of(recipe, to, steps, seed), images=images, source=source,
-        device=device_of(device), skip_broken=skip_broken, force=force, via=tuple(via or ()),
+        model_path(model), out, recipe_of(recipe, to, steps, seed, judges=judge), images=images,
+        source=source, device=device_of(device), skip_broken=skip_broken, force=force, via=tuple(via or ()),
         start=from_, far=far,
     )  # fmt: skip
     with console.stoppable() as stopped:
@@ -208,11 +210,22 @@ def show_report(out: Path, as_json: bool) -> None:
 
 
 def recipe_of(
-    name: str, to: str | None, steps: int | None, seed: int | None, *, rank: int | None = None
+    name: str,
+    to: str | None,
+    steps: int | str | None,
+    seed: int | None,
+    *,
+    rank: int | None = None,
+    judges: list[Path] | None = None,
 ) -> RecipeModel:
+    """A recipe with the command line's options laid over it."""
     from recast.recipe import load, override
 
-    return override(load(name), objective=to, steps=steps, seed=seed, rank=rank)
+    count = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
+    folders = [str(folder) for folder in judges] if judges else None
+    return override(
+        load(name), objective=to, steps=count, seed=seed, rank=rank, judges=folders
+    )
 
 
 ABSENT = ("star", "ring", "moon")  # shapes that the demo's user pictures lack
