@@ -69,8 +69,8 @@ def convert(
 
     job = Job(
         model_path(model), out, recipe_of(recipe, to, steps, seed, judges=judge), images=images,
-        source=source, device=device_of(device), skip_broken=skip_broken, force=force, via=tuple(via or ()),
-        start=from_, far=far,
+        source=source, device=device_of(device), skip_broken=skip_broken, force=force,
+        via=tuple(via or ()), start=from_, far=far,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
@@ -223,9 +223,7 @@ def recipe_of(
 
     count = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
     folders = [str(folder) for folder in judges] if judges else None
-    return override(
-        load(name), objective=to, steps=count, seed=seed, rank=rank, judges=folders
-    )
+    return override(load(name), objective=to, steps=count, seed=seed, rank=rank, judges=folders)
 
 
 ABSENT = ("star", "ring", "moon")  # shapes that the demo's user pictures lack
