@@ -13,7 +13,7 @@ from recast import convert
 from recast.adapter import read_adapter, rebuild
 from recast.checkpoint import Checkpoint
 from recast.convert import Job
-from recast.convert.training import criterion
+from recast.convert.training import loss_of
 from recast.errors import Diverged
 from recast.layout import detect
 from recast.train import Seen, latest
@@ -179,7 +179,7 @@ def test_not_a_number_keeps_the_last_good_state(
     calls = 0
 
     def ill(*given: object, **options: object) -> object:
-        measure = criterion(*given, **options)
+        measure = loss_of(*given, **options)
 
         def answer(net: object, draw: object) -> Seen:
             nonlocal calls
@@ -196,7 +196,7 @@ def test_not_a_number_keeps_the_last_good_state(
             measure=False,
         )  # fmt: skip
 
-    monkeypatch.setattr(convert.training, "criterion", ill)
+    monkeypatch.setattr(convert.training, "loss_of", ill)
     with pytest.raises(Diverged, match="step 5"):
         small.convert(job("ill"))
     found = latest(tmp_path / "ill" / "state")

@@ -15,13 +15,13 @@ import torch
 
 from recast.checkpoint import Checkpoint
 from recast.convert.folder import Folder, Stopped
+from recast.convert.noising import aimed, dealt, draw, shifted
 from recast.data.buckets import Buckets, aspects, square
 from recast.dream import Plan, Shard, dream, prompts_for, read_shards
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import FLOW, Objective, retime
 from recast.recipe import Recipe
-from recast.timesteps import TIMES, shift
-from recast.train import Draw, noised, replayed, seeded
+from recast.train import Aware, Draw, replayed, seeded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,10 @@ ZERO = "\0"  # no prompt can be that: names the row of zeroed conditioning
 class Material(Protocol):
     """A source of draws; `draws(done)` begins with the first one that step `done` needs."""
 
-    def draws(self, done: int) -> Iterator[Draw]: ...
+    def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]: ...
+
+    def null(self) -> Condition:
+        """The condition without a prompt, one row."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,29 @@ class Images:
     recipe: Recipe
     objective: Objective
 
-    def draws(self, done: int) -> Iterator[Draw]:
+    def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
         how, data = self.recipe.train, self.recipe.data
         for step in range(done, how.limit):
-            t = times(self.recipe, step).split(how.batch)
-            for micro in range(how.accumulate):
+            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
                 number = step * how.accumulate + micro
                 batch = self.dataset.batch(
                     number, how.seed, how.batch, dropout=data.caption_dropout, null=data.null,
                     zero_share=data.zero_share,
                 )  # fmt: skip
-                noise = seeded(how.seed, "noise", number)
-                eps = torch.randn(batch.x0.shape, generator=noise).to(batch.x0)
-                yield noised(
-                    self.objective, batch.x0, t[micro].to(eps), eps, batch.condition, batch.index
-                )
+                pixels = batch.x0[0, 0].numel() * self.dataset.store.model.factor**2
+                t = shifted(self.recipe, t, pixels)
+                yield draw(
+                    self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
+                    batch.index,
+                )  # fmt: skip
+
+    def null(self) -> Condition:
+        from recast.text.encode import Condition
+
+        found, _ = self.dataset.store.text("")
+        pooled = found.get("pooled")
+        empty = Condition(found["context"][None], None if pooled is None else pooled[None])
+        return empty.zeros() if self.recipe.data.null == "zero" else empty
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,23 @@ class Replay:
     recipe: Recipe
     objective: Objective
     device: str
+    factor: int
 
-    def draws(self, done: int) -> Iterator[Draw]:
-        how = self.recipe.train
-        for number in range(done * how.accumulate, how.limit * how.accumulate):
-            yield self.draw(number)
+    def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
+        how, aims = self.recipe.train, aimed(self.recipe)
+        for step in range(done, how.limit):
+            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
+                made = self.draw(step * how.accumulate + micro, t if aims else None)
+                yield made if weight is None else replace(made, weight=weight.to(made.t))
 
-    def draw(self, number: int) -> Draw:
-        """Batch `number`: any pairs, the unprompted ones as often as captions are dropped."""
+    def null(self) -> Condition:
+        return self.conditions[-1]
+
+    def draw(self, number: int, aim: Tensor | None = None) -> Draw:
+        """Batch `number`: any pairs, the unprompted ones as often as captions are dropped.
+
+        Each is the one of its picture's states that is nearest to the time aimed at, if any is.
+        """
         how = self.recipe.train
         places = [(s, k) for s, shard in enumerate(self.shards) for k in range(len(shard.prompts))]
         generator = seeded(how.seed, "replay", number)
@@ -97,15 +117,31 @@ class Replay:
         state = torch.rand(how.batch, generator=generator).tolist()
         null = torch.rand(how.batch, generator=generator) < self.recipe.data.caption_dropout
         t, x, u, row = [], [], [], []
-        for place, part, gone in zip(picture, state, null.tolist(), strict=True):
+        for i, (place, gone) in enumerate(zip(picture, null.tolist(), strict=True)):
             shard, k = self.shards[places[place][0]], places[place][1]
-            step = int(part * len(shard.t))
+            step = int(state[i] * len(shard.t))
+            if aim is not None:
+                step = self.nearest(shard, aim[i])
             t.append(shard.t[step])
             x.append(shard.x[step, k])
-            u.append((shard.u_null if gone else shard.u)[step, k])
+            u.append(shard.u_null[step, k].float() if gone else self.answer(shard, step, k))
             unprompted = ZERO if shard.zeroed[k] else ""
             row.append(self.rows[unprompted if gone else shard.prompts[k]])
         return self._draw(torch.stack(t), torch.stack(x), torch.stack(u), torch.tensor(row))
+
+    def nearest(self, shard: Shard, aim: Tensor) -> int:
+        """The state whose time on the new path is nearest to one that is aimed at."""
+        pixels = shard.x[0, 0, 0].numel() * self.factor**2
+        there = retime(shard.t.float(), FLOW.path, self.objective.path)
+        return int((there - shifted(self.recipe, aim, pixels)).abs().argmin())
+
+    def answer(self, shard: Shard, step: int, k: int) -> Tensor:
+        """The original's answer to a prompt, guided as the recipe's target has it."""
+        u, scale = shard.u[step, k].float(), self.recipe.target.guided
+        if scale == 1:
+            return u
+        u_null = shard.u_null[step, k].float()
+        return u_null + scale * (u - u_null)
 
     def _draw(self, t: Tensor, x: Tensor, u: Tensor, row: Tensor) -> Draw:
         t, x, u = (value.to(self.device, torch.float32) for value in (t, x, u))
@@ -113,16 +149,6 @@ class Replay:
         x0, eps = x - wide * u, x + (1 - wide) * u
         time = retime(t, FLOW.path, self.objective.path)
         return replayed(self.objective, x0, time, eps, self.conditions[row], row)
-
-
-def times(recipe: Recipe, step: int) -> Tensor:
-    """The times of one optimizer step, drawn together and dealt out to its micro-batches."""
-    how = recipe.train
-    options = {"mean": how.mean, "std": how.std} if how.times == "logit-normal" else {}
-    drawn = TIMES[how.times](
-        how.batch * how.accumulate, generator=seeded(how.seed, "times", step), **options
-    )
-    return shift(drawn, how.shift)
 
 
 def gather(
@@ -208,7 +234,7 @@ def from_dreams(
     fixed.prepare(model, folder, job, objective)
     conditions = cat([conditions[:-1], conditions[-1].zeros(), conditions[-1]])
     rows = {prompt: row for row, prompt in enumerate([*prompts[:-1], ZERO, ""])}
-    return Replay(shards, conditions, rows, job.recipe, objective, job.device)
+    return Replay(shards, conditions, rows, job.recipe, objective, job.device, model.factor)
 
 
 def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:

@@ -93,7 +93,7 @@ def begin(
 ) -> Generator[Event, None, Start]:
     """The start that the recipe or the command line asks for."""
     how = job.recipe.train
-    sites = model.layout.sites(how.profile)
+    sites = model.layout.sites(how.places)
     if how.rank:
         path = folder.path("initial.safetensors")
         if not folder.has(path.name):
@@ -204,7 +204,10 @@ def output(
     conv = model.unet.get_submodule("conv_out")
     assert isinstance(conv, torch.nn.Conv2d)
     attached = attach({"unet": model.unet}, start, model.layout.sites("every"))
-    target, answer = target_of(job.recipe, model, attached, objective), student(model, objective)
+    target, answer = (
+        target_of(job.recipe, model, attached, objective, material.null()),
+        student(model, objective),
+    )
     met: list[torch.Tensor] = []
     hook = conv.register_forward_pre_hook(lambda module, given: met.append(given[0].detach()))
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recast.convert.beside import Beside
 from recast.convert.folder import Stopped
+from recast.convert.groups import groups
+from recast.convert.losses import loss_of
+from recast.convert.trunk import Trunk, shared
 from recast.convert.watch import Looked, Watch
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import Net, Objective
 from recast.optim import averaged, build
 from recast.recipe import Recipe
+from recast.timesteps import piecewise
 from recast.train import (
-    DISTANCES,
     SCHEDULES,
     Draw,
     Ema,
@@ -24,9 +29,9 @@ from recast.train import (
     Target,
     append,
     checked,
-    criterion,
     from_data,
     from_teacher,
+    guided,
     latest,
     load,
     log_length,
@@ -36,7 +41,6 @@ from recast.train import (
     train,
     warmup,
 )
-from recast.weighting import WEIGHTINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from recast.adapter import Adapter, Attached
     from recast.convert.material import Material
     from recast.model import Model
+    from recast.text.encode import Condition
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,8 +70,10 @@ def learn(
     Stopped on a signal.
     """
     how = recipe.train
-    parameters = attached.named()
-    optimizer = build(how.optimizer, parameters.values(), lr=how.lr, **how.optimizer_args)
+    parameters, grouped = groups(attached, model.layout, recipe)
+    optimizer = build(how.optimizer, grouped, lr=how.lr, **how.optimizer_args)
+    beside = Beside.of(recipe, model.device)
+    trunk = shared(model.unet, attached, model.objective, objective)
     ema = Ema(list(parameters.values()), how.ema) if how.ema else None
     watch = Watch.open(recipe, model, objective, root)
     done, skipped, length = 0, 0, 0
@@ -78,17 +85,18 @@ def learn(
             identity={"run": identity},
         )  # fmt: skip
         skipped, length = extra["skipped"], extra["log"]
+        beside.restore(extra)
         watch.restore(extra["watch"])
     untrained = None if watch.readings else watch.look(0)
     yield Stage("train", watch.end, "steps", done)
     steps = train(
-        student(model, objective),
-        checked(material.draws(done), objective),
-        criterion(
-            target_of(recipe, model, attached, objective),
+        student(model, objective, trunk),
+        checked(material.draws(done, beside.aware), objective),
+        loss_of(
+            recipe,
+            target_of(recipe, model, attached, objective, material.null(), trunk),
             objective,
-            DISTANCES[how.distance],
-            None if how.weighting == "uniform" else WEIGHTINGS[how.weighting](),
+            beside.learned,
         ),
         optimizer,
         accumulate=how.accumulate,
@@ -97,6 +105,7 @@ def learn(
         ema=ema,
         done=done,
         skipped=skipped,
+        partner=beside.partner,
     )
     with ExitStack() as stack:
         log = stack.enter_context(open_log(root / "log.jsonl", length))
@@ -104,6 +113,7 @@ def learn(
         if untrained is not None:
             board.write(0, untrained.scalars)
         for step in steps if done < watch.end else ():
+            beside.update(step)
             looked = Looked()
             if watch.due(step.step):
                 with weights_shown(optimizer, ema):
@@ -122,7 +132,8 @@ def learn(
                     root / "state", step=step.step, parameters=parameters, optimizer=optimizer,
                     ema=ema, identity={"run": identity},
                     extra={
-                        "skipped": step.skipped, "log": log_length(log), "watch": watch.saved()
+                        "skipped": step.skipped, "log": log_length(log), "watch": watch.saved(),
+                        **beside.state(),
                     },
                     keep=watch.keep(),
                 )  # fmt: skip
@@ -151,41 +162,54 @@ def weights_shown(optimizer: Optimizer, ema: Ema | None) -> Iterator[None]:
         yield
 
 
-def student(model: Model, objective: Objective) -> Callable[[Draw], Tensor]:
+def student(
+    model: Model, objective: Objective, trunk: Trunk | None = None
+) -> Callable[[Draw], Tensor]:
     """The network as it is being trained, told the times of the new objective's path."""
 
     def answer(draw: Draw) -> Tensor:
-        return model.net(draw.condition, objective)(draw.x, draw.t)
+        known = trunk.answer(draw.x, draw.condition) if trunk else None
+        return model.net(draw.condition, objective)(draw.x, draw.t) if known is None else known
 
     return answer
 
 
-def target_of(recipe: Recipe, model: Model, attached: Attached, objective: Objective) -> Target:
-    """The recipe's target: the data, the original in the same network, or a mix of the two."""
+def target_of(
+    recipe: Recipe,
+    model: Model,
+    attached: Attached,
+    objective: Objective,
+    null: Condition,
+    trunk: Trunk | None = None,
+) -> Target:
+    """The recipe's target: the data, the original in the same network, or a mix of the two.
+
+    `null` is the condition without a prompt, one row; guidance of the original leans on it.
+    """
+    how = recipe.target
 
     def original(condition: Any) -> Net:
         net = model.net(condition)
 
         def answer(x: Tensor, t: Tensor) -> Tensor:
-            with attached.teacher():
+            with attached.teacher(), trunk.recorded(x, condition) if trunk else nullcontext():
                 return net(x, t)
 
         return answer
 
+    def unprompted(condition: Condition) -> Condition:
+        rows = null.to(model.device).expand(len(condition))
+        return replace(rows, time_ids=condition.time_ids)
+
+    asked = original if how.guided == 1 else guided(original, unprompted, how.guided)
     data = from_data(objective)
-    teacher = from_teacher(
-        original, model.objective, objective, above=recipe.target.above,
-        control=recipe.target.control,
-    )  # fmt: skip
-    share = recipe.target.mix
+    teacher = from_teacher(asked, model.objective, objective, above=how.above, control=how.control)
+    share = piecewise(how.mix)
     return {
         "data": data,
         "teacher": teacher,
-        "mix": mix(
-            (data, lambda t: torch.full_like(t, share)),
-            (teacher, lambda t: torch.full_like(t, 1 - share)),
-        ),
-    }[recipe.target.teacher]
+        "mix": mix((data, share), (teacher, lambda t: 1 - share(t))),
+    }[how.teacher]
 
 
 def schedule(recipe: Recipe) -> Callable[[int], float]:
