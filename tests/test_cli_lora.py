@@ -113,6 +113,9 @@ def test_export_and_dry_run(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     )
     assert isinstance(seen, dict)
     assert seen["blocks"][-1]["ranks"] == [2, 4]
+    trunks = [seen["memory_bytes"][base]["trunk"] for base in ("full", "8bit", "4bit")]
+    assert trunks == sorted(trunks, reverse=True)
+    assert (seen["resolution"], seen["batch"]) == (64, 1)
     assert not (run / "split").exists()
 
 

@@ -16,6 +16,8 @@ from recast.errors import Refused
 from recast.show import say, show_file
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from recast.checkpoint import Checkpoint
     from recast.layout import Layout, Site
 
@@ -166,30 +168,61 @@ def show_forecast(
     json: bool,
 ) -> None:
     """Print what a split would give each block, and the memory that training it would take."""
-    from rich.table import Table
-
     from recast.adapter.forecast import forecast
+    from recast.layout import detect
+    from recast.model.load import preferred_size
 
     seen = forecast(
-        checkpoint, sites, rules, adapter_dtype=adapter_dtype, resolution=resolution, batch=batch
-    )
-    memory = {name: round(getattr(seen.memory, name) / 1e9, 2) for name in MEMORY}
+        checkpoint, sites, rules, adapter_dtype=adapter_dtype, batch=batch,
+        resolution=resolution or preferred_size(checkpoint, detect(checkpoint)),
+    )  # fmt: skip
     if json:
         rows = [dataclasses.asdict(row) for row in (*seen.rows, seen.total)]
-        console.emit({"blocks": rows, "adapter_bytes": seen.adapter_bytes, "memory_gb": memory})
+        memory = {
+            base: {name: getattr(of, name) for name in MEMORY} for base, of in seen.memory.items()
+        }
+        console.emit({
+            "blocks": rows, "adapter_bytes": seen.adapter_bytes, "memory_bytes": memory,
+            "resolution": seen.size[0], "batch": seen.size[1],
+        })  # fmt: skip
         return
-    table = Table("block", "layers", "rank", "energy", "parameters", box=None)
+    table = _table("block", "layers", "rank", "energy", "parameters", "adapter")
     for row in (*seen.rows, seen.total):
-        held = f"{100 * row.energy:.1f} %"
-        counts = (str(row.modules), ranges(row.ranks), held, f"{row.parameters:,}")
-        table.add_row(row.block, *counts)
+        size = seen.adapter_bytes * row.parameters / seen.total.parameters
+        counts = (str(row.modules), ranges(row.ranks), f"{100 * row.energy:.1f} %")
+        table.add_row(row.block, *counts, f"{row.parameters:,}", amount(size))
     console.OUT.print(table)
-    say(f"adapter file   {seen.adapter_bytes / 1e6:.1f} MB")
-    say("memory of one training step, estimated, in GB (bf16 trunk, fp32 adapter, AdamW):")
-    say("    " + "   ".join(f"{name} {size}" for name, size in memory.items()))
+    side, pictures = seen.size
+    say()
+    say("energy is the share of the weights' squared norm that the factors hold.")
+    say(f"GPU memory of one training step, estimated, {side} x {side} pixels, batch {pictures}:")
+    table = _table("base", *MEMORY)
+    for base, of in seen.memory.items():
+        table.add_row(base, *(amount(getattr(of, name)) for name in MEMORY))
+    console.OUT.print(table)
+    say("trunk in bf16 (or quantised, --base), adapter with gradients and AdamW in fp32;")
+    say("text encoders and VAE are not counted: what they give is cached before.")
 
 
 MEMORY = ("trunk", "adapter", "activations", "total")
+
+
+def _table(first: str, *numbers: str) -> Table:
+    """A plain table: names to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(first, box=None, pad_edge=False)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def amount(size: float) -> str:
+    """Bytes as 12.3 GB, 4.5 MB or 6.7 kB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -2,7 +2,8 @@
 
 Memory for one training step, in bytes:
 
-    trunk        parameters x bytes of the trunk's dtype
+    trunk        parameters x bytes of the trunk's dtype; of a quantised base 8.5 or 4.5 bits for
+                 each weight of a block, and the largest of them dense, which is one at a time
     adapter      20 an entry: master, start, gradient and Adam's two moments, all fp32
     activations  what autograd keeps of one forward pass, a pixel of a level of width C:
                    residual cell   3 (C_in + C) + C
@@ -15,7 +16,8 @@ It is an estimate for planning: allocators round up, and no checkpointing of act
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from recast.adapter.decompose import matrices
@@ -23,9 +25,11 @@ from recast.adapter.file import DTYPES
 from recast.adapter.places import read_site, refuse_residual
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint
-from recast.layout import Site, detect
+from recast.layout import Layout, Site, detect
 from recast.layout.blueprint import UNetPlan
+from recast.layout.sites import MATRICES
 from recast.lowrank import spectrum
+from recast.quantise import BASES, BITS, in_block
 
 ADAPTER_BYTES = 20
 
@@ -56,12 +60,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The rows in the order of the network, their sum, the adapter's file size, and the memory."""
+    """The rows in the order of the network, their sum, the adapter's file size, and the memory.
+
+    memory: on a full, an 8-bit and a 4-bit base. size: pixels of a side, and pictures a step.
+    """
 
     rows: tuple[Row, ...]
     total: Row
     adapter_bytes: int
-    memory: Memory
+    memory: Mapping[str, Memory]
+    size: tuple[int, int]
 
 
 def forecast(
@@ -94,13 +102,29 @@ def forecast(
         blocks.setdefault(site.block, []).append((count, held, whole, size))
     rows = tuple(_row(block, found) for block, found in blocks.items())
     total = _row("all", [one for found in blocks.values() for one in found])
-    plan = detect(checkpoint).plan
-    side = (resolution or (1024 if plan.family == "sdxl" else 512)) // 8
-    trunk = sum(s.numel for k, s in checkpoint.specs.items() if k.startswith("model.diffusion_"))
-    kept = activations(plan.unet, side, side) * batch * trunk_bytes
-    memory = Memory(trunk * trunk_bytes, total.parameters * ADAPTER_BYTES, kept)
-    item = DTYPES[adapter_dtype].itemsize
-    return Forecast(rows, total, total.parameters * item + 4 * len(chosen), memory)
+    layout = detect(checkpoint)
+    pixels = resolution or (1024 if layout.family == "sdxl" else 512)
+    kept = activations(layout.plan.unet, pixels // 8, pixels // 8) * batch * trunk_bytes
+    factors = total.parameters * ADAPTER_BYTES
+    memory = {base: Memory(trunk(layout, base, trunk_bytes), factors, kept) for base in BASES}
+    size = total.parameters * DTYPES[adapter_dtype].itemsize + 4 * len(chosen)
+    return Forecast(rows, total, size, memory, (pixels, batch))
+
+
+def trunk(layout: Layout, base: str, trunk_bytes: int) -> int:
+    """Bytes of the UNet's frozen weights on a base, with the dense weight that one layer needs."""
+    every = layout.sites("unet")
+    numbers = sum(math.prod(site.shape) for site in every)
+    if base == "full":
+        return numbers * trunk_bytes
+    inside = [
+        math.prod(site.shape)
+        for site in every
+        if site.param == "weight" and site.kind in MATRICES and in_block(site.module)
+    ]
+    packed = sum(inside) * BITS[base] / 8
+    dense = max(inside) * (4 + trunk_bytes)  # the sum of residual and factors is fp32
+    return round((numbers - sum(inside)) * trunk_bytes + packed + dense)
 
 
 def activations(plan: UNetPlan, height: int, width: int) -> int:
