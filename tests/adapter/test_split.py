@@ -16,10 +16,12 @@ from recast.adapter import (
     split,
     verify_rebuilt,
     verify_split,
+    write_rebuilt,
     zeros_full,
 )
 from recast.checkpoint import Checkpoint, write_dict
 from recast.errors import Refused
+from recast.inspection import describe
 from recast.layout import Site, detect
 from recast.lowrank import LowRank
 
@@ -98,6 +100,78 @@ def test_nothing_depends_on_the_order_of_the_sites(original: Checkpoint, tmp_pat
     a = split(original, sites(original), 2, tmp_path / "a")
     b = split(original, reversed(sites(original)), 2, tmp_path / "b")
     assert (a.residual_sha256, a.adapter_sha256) == (b.residual_sha256, b.adapter_sha256)
+
+
+def test_nothing_depends_on_how_many_threads_torch_has(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    one = split(original, sites(original), 2, tmp_path / "1", method="fast")
+    torch.set_num_threads(3)
+    try:
+        three = split(original, sites(original), 2, tmp_path / "3", method="fast")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert one == three
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16", "F32"])
+def test_originals_of_every_float_dtype(dtype: str, tmp_path: Path) -> None:
+    """An fp8 original has an fp16 residual; each adds up, and gives its own bytes back."""
+    path = tiny.checkpoint(tmp_path / "o.safetensors", "sd15", dtype=dtype)
+    with Checkpoint(path) as file:
+        assert describe(path)["dtypes"]
+        split(file, sites(file), 4, tmp_path)
+        adapter = read_adapter(tmp_path / "adapter.safetensors")
+        changed = {site.key for site in sites(file)}
+        with Checkpoint(tmp_path / "residual.safetensors") as residual:
+            for key, spec in residual.specs.items():
+                own = file.specs[key].dtype
+                wide = key in changed and own.startswith("F8")
+                assert spec.dtype == ("F16" if wide else own)
+            verdict = verify_split(file, residual, adapter)
+        assert verdict.passed
+        assert verdict.tolerance == {"BF16": 3e-3, "F32": 1e-6}.get(dtype, 3e-4)
+        if dtype.startswith("F8"):
+            assert verdict.exact > 0.999
+        for key, tensor in rebuild(file, adapter, adapter):
+            assert tensor.dtype == file.specs[key].torch_dtype
+            assert bytes(tensor.reshape(-1).view(torch.uint8).numpy()) == bytes(file.raw(key))
+        moved = Adapter(
+            {k: LowRank(e.up * 1.5, e.down) for k, e in adapter.entries.items()},
+            {**adapter.metadata, "recast.role": "pissa-trained"},
+        )
+        write_rebuilt(file, adapter, moved, tmp_path / "new.safetensors")
+        with Checkpoint(tmp_path / "new.safetensors") as new:
+            assert verify_rebuilt(file, new, adapter, moved).exact == 1
+            assert not verify_rebuilt(file, new).passed
+
+
+def test_a_residual_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
+    source = tiny.checkpoint(tmp_path / "o.safetensors", "sd15")
+    with Checkpoint(source) as file:
+        tensors = dict(file)
+        bad = sites(file)[3].key
+        tensors[bad] = tensors[bad] * 1e7
+        write_dict(tmp_path / "big.safetensors", tensors)
+    with Checkpoint(tmp_path / "big.safetensors") as big:
+        with pytest.raises(Refused, match=rf"{bad.replace('.', '[.]')}.*--residual-dtype"):
+            split(big, sites(big), 1, tmp_path / "out", residual_dtype="F16")
+        assert not list((tmp_path / "out").iterdir())
+        split(big, sites(big), 1, tmp_path / "out", residual_dtype="BF16")
+
+
+def test_the_sign_of_a_zero_is_no_difference(tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path / "o.safetensors", "sd15", dtype="F16")
+    with Checkpoint(path) as file:
+        tensors = dict(file)
+        tensors[sites(file)[0].key].view(-1)[0] = -0.0
+        write_dict(tmp_path / "minus.safetensors", tensors)
+    with Checkpoint(tmp_path / "minus.safetensors") as minus:
+        split(minus, sites(minus), 4, tmp_path, residual_dtype="F32")
+        with Checkpoint(tmp_path / "residual.safetensors") as residual:
+            adapter = read_adapter(tmp_path / "adapter.safetensors")
+            assert verify_split(minus, residual, adapter).exact == 1
 
 
 def test_memory_is_that_of_a_few_tensors(original: Checkpoint, tmp_path: Path) -> None:

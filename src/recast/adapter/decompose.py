@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from recast.adapter.file import Adapter
-from recast.adapter.places import entry_name, read_site, refuse_residual
+from recast.adapter.places import entry_name, read_site, refuse_residual, widened
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
@@ -36,7 +36,7 @@ def decompose(
     entries: dict[str, LowRank | Full] = {}
     held = whole = 0.0
     for site in chosen:
-        weight = read_site(checkpoint, site)
+        weight = widened(read_site(checkpoint, site))
         factors = factorize(weight, rules.wanted(site), method=method, name=site.key)
         entries[entry_name(site)] = factors
         # The product is a projection of the weight, so its own norm is the energy it holds.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from recast.checkpoint import Checkpoint
@@ -69,6 +70,11 @@ def split_field(sites: Iterable[Site]) -> dict[str, str]:
     """What a residual's header says about the layers that were split, as `unet=788,te1=72`."""
     counts = Counter(site.part for site in sites)
     return {SPLIT: ",".join(f"{part}={counts[part]}" for part in PART_NAMES if counts[part])}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, in which sums are formed; fp64 stays. Those two are not copied."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def refuse_residual(checkpoint: Checkpoint) -> None:

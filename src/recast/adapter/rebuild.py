@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recast.adapter.file import Adapter
-from recast.adapter.places import Place, places, refuse_residual
+from recast.adapter.places import Place, places, refuse_residual, widened
 from recast.checkpoint import Checkpoint, write
 from recast.errors import CheckFailed, Refused
 from recast.lowrank import Full, LowRank, difference
@@ -172,7 +172,7 @@ def _added(
         if delta.count_nonzero():
             if total is None:
                 sound = _finite(weight)  # asked now: an fp32 weight is changed in place
-                total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                total = widened(weight)
             place.view(total).add_(delta)
         del delta
     if total is None:

@@ -33,7 +33,7 @@ from recast.adapter.file import (
     low_rank_specs,
     low_rank_tensors,
 )
-from recast.adapter.places import Place, entry_name, places, refuse_residual, split_field
+from recast.adapter.places import Place, entry_name, places, refuse_residual, split_field, widened
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint, write
 from recast.commit import make_folder, require_room, standing
@@ -190,7 +190,7 @@ class _Run:
         if key not in self.where:
             return key, tensor, []
         kind = DTYPES.get(self._dtype(key, self.checkpoint.specs[key].dtype), tensor.dtype)
-        rest = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        rest = widened(tensor)
         del tensor
         pieces = [self._subtract(place, place.view(rest), key) for place in self.where[key]]
         result = rest.to(kind)

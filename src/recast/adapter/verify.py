@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recast.adapter.file import Adapter
-from recast.adapter.places import places, refuse_partial, refuse_residual
+from recast.adapter.places import places, refuse_partial, refuse_residual, widened
 from recast.adapter.rebuild import rebuild, refuse_other_base
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
@@ -97,7 +97,7 @@ def verify_split(
         for key in _common(original, residual):
             got = residual[key]
             if key in where:
-                got = got.to(torch.promote_types(got.dtype, torch.float32))
+                got = widened(got)
                 for place in where[key]:
                     _add(place.view(got), adapter.entries[place.name])
             yield key, original[key], got
