@@ -1,8 +1,8 @@
-"""The four formats of adapter files: round trips, other people's readers, and what is refused."""
+"""The four formats of adapter files: what is read, kept and refused."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.adapter.loaders import by_diffusers, network
 from torch import Tensor, nn
 
-from recast.adapter import Adapter, attach, export, read_adapter, write_adapter
+from recast.adapter import Adapter, export, read_adapter, write_adapter
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Layout, Site, detect
@@ -72,13 +73,11 @@ def round_trip(layout: Layout, start: Path, folder: Path) -> Path:
     return folder / "k.safetensors"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_round_trip_through_all_formats_changes_nothing(
-    originals: dict[str, Checkpoint], tmp_path: Path, family: str, dtype: str
+def test_round_trip_through_all_formats_keeps_the_dtype(
+    originals: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
-    layout = detect(originals[family])
-    write_adapter(tmp_path / "a.safetensors", change(matrices(layout)), dtype=dtype)
+    layout = detect(originals["sdxl"])
+    write_adapter(tmp_path / "a.safetensors", change(matrices(layout)), dtype="BF16")
     end = round_trip(layout, tmp_path / "a.safetensors", tmp_path)
     same(tmp_path / "a.safetensors", end)
     with safe_open(end, "pt") as file:
@@ -130,79 +129,6 @@ def test_mixed_ranks_and_alphas_keep_their_meaning(
         torch.testing.assert_close(even[name].dense(), entry.dense())
 
 
-def network(original: Checkpoint, part: str) -> nn.Module:
-    from recast.model import open_model
-
-    return open_model(original, parts=(part,)).part(part).eval()
-
-
-def outputs(net: nn.Module, layout: Layout) -> Tensor:
-    """What a network answers to a fixed question."""
-    made = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        if not hasattr(net, "conv_in"):
-            return net(torch.arange(1, 9)[None]).last_hidden_state
-        more = {}
-        if layout.plan.te2 is not None:
-            pooled = torch.randn(1, layout.plan.te2.projection, generator=made)
-            more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.ones(1, 6)}}
-        context = torch.randn(1, 7, layout.unet["cross_attention_dim"], generator=made)
-        x = torch.randn(1, 4, 8, 8, generator=made)
-        return net(x, torch.tensor(400.5), context, **more).sample
-
-
-def loaded_by_peft(net: nn.Module, folder: Path, part: str) -> nn.Module:
-    from peft import PeftModel
-
-    inside = folder / {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
-    model = PeftModel.from_pretrained(net, str(inside))
-    assert not [k for k, v in model.state_dict().items() if "lora" in k and v.isnan().any()]
-    return model.base_model.model
-
-
-def loaded_by_diffusers(net: nn.Module, file: Path, part: str) -> nn.Module:
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
-
-    state, alphas, metadata = Loader.lora_state_dict(load_file(file), return_lora_metadata=True)
-    assert not alphas
-    if part == "unet":
-        net.load_lora_adapter(state, network_alphas=None, prefix="unet", metadata=metadata)
-    else:
-        prefix = {"te1": "text_encoder", "te2": "text_encoder_2"}[part]
-        Loader.load_lora_into_text_encoder(
-            state, None, net, prefix=prefix, adapter_name="ours", metadata=metadata
-        )
-    return net
-
-
-@pytest.mark.parametrize(
-    ("family", "part"), [(f, p) for f in FAMILIES for p in ("unet", "te1", "te2")][:-1]
-)
-@pytest.mark.parametrize("form", ["peft", "diffusers"])
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_peft_and_diffusers_answer_as_we_do(
-    originals: dict[str, Checkpoint], tmp_path: Path, family: str, part: str, form: str
-) -> None:
-    layout = detect(originals[family])
-    sites = matrices(layout)
-    adapter = change(sites)
-    ours = network(originals[family], part)
-    plain = outputs(ours, layout)
-    mine = [site for site in sites if site.part == part]
-    attach({part: ours}, Adapter({f"{s.lora}.weight": adapter.entries[f"{s.lora}.weight"]
-                                  for s in mine}, adapter.metadata), mine)  # fmt: skip
-    wanted = outputs(ours, layout)
-    assert (wanted - plain).norm() > 1e-3 * plain.norm()
-    write_adapter(tmp_path / "a.safetensors", adapter)
-    out = tmp_path / ("peft" if form == "peft" else "d.safetensors")
-    export(tmp_path / "a.safetensors", out, form, layout=layout)
-    read: Callable[[nn.Module, Path, str], nn.Module]
-    read = loaded_by_peft if form == "peft" else loaded_by_diffusers
-    theirs = read(network(originals[family], part), out, part)
-    assert sum(hasattr(m, "lora_A") for m in theirs.modules()) == len(mine)
-    torch.testing.assert_close(outputs(theirs, layout), wanted, atol=1e-4, rtol=1e-4)
-
-
 def test_attention_of_a_text_encoder_is_never_written_without_out_proj(
     originals: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
@@ -217,11 +143,10 @@ def test_attention_of_a_text_encoder_is_never_written_without_out_proj(
         added = found.keys() - adapter.entries.keys()
         assert len(added) == layout.plan.te1.layers + layout.plan.te2.layers
         assert not any(found[name].dense().any() for name in added)
-    net = loaded_by_diffusers(
-        network(originals["sdxl"], "te1"), tmp_path / "diffusers.safetensors", "te1"
-    )
-    wanted = 6 * layout.plan.te1.layers
-    assert sum(hasattr(m, "lora_A") for m in net.modules()) == wanted
+    for form in ("diffusers", "kohya"):
+        net = network(originals["sdxl"], "te1")
+        count = by_diffusers(net, tmp_path / f"{form}.safetensors", "te1", "sdxl")
+        assert count == 6 * layout.plan.te1.layers
 
 
 def test_tucker_is_multiplied_out(originals: dict[str, Checkpoint], tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tests import tiny
 from torch import Tensor, nn
 
-from recast.adapter import Adapter, attach, patch_from, write_adapter, zeros_full
+from recast.adapter import Adapter, patch_from, write_adapter, zeros_full
 from recast.adapter.decompose import decompose
 from recast.checkpoint import Checkpoint
-from recast.layout import Layout, Site, detect, from_file, keymap
+from recast.layout import Site, detect
 from recast.lowrank import Full, LowRank
 
 
@@ -44,26 +44,6 @@ def low_rank_delta(checkpoint: Checkpoint, sites: list[Site]) -> Adapter:
         if isinstance(e, LowRank)
     }
     return patch_from(start, Adapter(entries, {**start.metadata, "recast.role": "pissa-trained"}))
-
-
-def unet(checkpoint: Checkpoint, layout: Layout) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    net = UNet2DConditionModel(**layout.unet).eval().requires_grad_(False)
-    net.load_state_dict(dict(from_file(keymap(layout), checkpoint, "unet")))
-    return net
-
-
-def answer(net: nn.Module, layout: Layout) -> Tensor:
-    made = torch.Generator().manual_seed(1)
-    more = {}
-    if layout.plan.te2 is not None:
-        pooled = torch.randn(1, layout.plan.te2.projection, generator=made)
-        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.ones(1, 6)}}
-    context = torch.randn(1, 7, layout.unet["cross_attention_dim"], generator=made)
-    x = torch.randn(1, 4, 8, 8, generator=made)
-    with torch.no_grad():
-        return net(x, torch.tensor(400.5), context, **more).sample
 
 
 def test_lycoris_makes_the_same_changes(original: Checkpoint, tmp_path: Path) -> None:
@@ -103,38 +83,3 @@ def test_lycoris_makes_the_same_changes(original: Checkpoint, tmp_path: Path) ->
                 torch.testing.assert_close(change_of_bias.detach(), wanted)
             seen |= {key for key in file if key.startswith(lora + ".")}
         assert seen == set(file)
-
-
-def test_diffusers_and_peft_answer_as_we_do(original: Checkpoint, tmp_path: Path) -> None:
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-
-    layout = detect(original)
-    sites = layout.sites("all")
-    delta = low_rank_delta(original, sites)
-    path = tmp_path / "delta.safetensors"
-    write_adapter(path, delta)
-    net = unet(original, layout)
-    before = answer(net, layout)
-    start = Adapter(
-        {
-            n: LowRank(torch.zeros_like(e.up), e.down)
-            for n, e in delta.entries.items()
-            if isinstance(e, LowRank)
-        },
-        delta.metadata,
-    )
-    attached = attach({"unet": net}, start, sites)
-    attached.load(delta)
-    ours = answer(net, layout)
-    attached.detach()
-    assert torch.equal(answer(net, layout), before)
-
-    loader = StableDiffusionXLLoraLoaderMixin if layout.plan.te2 else StableDiffusionLoraLoaderMixin
-    state, alphas = loader.lora_state_dict(load_file(path), unet_config=net.config)
-    assert {key.split(".")[0] for key in state} == {"unet"}
-    net.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
-    loaded = [m for m in net.modules() if hasattr(m, "lora_A")]
-    assert len(loaded) == len(sites)
-    theirs = answer(net, layout)
-    assert (ours - before).norm() > 1e-2 * before.norm()
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
