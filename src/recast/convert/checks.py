@@ -84,8 +84,10 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     """Refuse what a recipe's own check cannot see: solver, optimizer arguments, prompts, sizes."""
     import torch
 
+    from recast.convert.fixed import validates
     from recast.convert.material import dream_plan, images_of
     from recast.dream import prompts_for
+    from recast.evaluate.judges import judge_kind
     from recast.optim import build
     from recast.sample.solvers import find_solver
 
@@ -96,6 +98,13 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
         recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
         **recipe.train.optimizer_args,
     )  # fmt: skip
+    for folder in recipe.evaluate.judges:
+        judge_kind(Path(folder))
+    if recipe.train.steps == "auto" and not validates(recipe):
+        raise Refused(
+            "train.steps is auto, which decides by validations: give a watch.validate_every of 1 "
+            "to train.max_steps."
+        )
     if recipe.data.size % 8:
         raise Refused(f"data.size is {recipe.data.size}: give a multiple of 8, or 0.")
     if images_of(job) is None:

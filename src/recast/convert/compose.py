@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from os.path import relpath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recast import __version__
 from recast.checkpoint import Checkpoint
@@ -16,7 +16,9 @@ from recast.convert.folder import Folder
 from recast.errors import Refused
 from recast.evaluate.agreement import agreement
 from recast.evaluate.concepts import Concepts, concepts, scenes
+from recast.evaluate.course import course
 from recast.evaluate.identity import identity
+from recast.evaluate.likeness import likeness
 from recast.evaluate.losses import losses_by_level
 from recast.evaluate.metrics import statistics
 from recast.evaluate.pictures import shots
@@ -109,7 +111,10 @@ def compose(
         settings=job.recipe.model_dump(exclude={"about"}),
         version=__version__,
         command=command(job, objective),
+        likeness=likeness(pictures["original"], pictures["converted"]),
+        judged=by_judges(job, test, pictures),
         losses=losses(log_of(job, folder, objective)),
+        course=course(rows_of(log_of(job, folder, objective))),
         files=listing(folder),
         notes=notes(job, folder),
     )  # fmt: skip
@@ -173,15 +178,38 @@ def _shipped(path: Path) -> bool:
 
 def losses(log: Path) -> Losses | None:
     """A log's losses by noise level; None where nothing was trained."""
-    if not log.exists():
-        return None
-    lines = log.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
     return losses_by_level(
         # JSON has no word for what is not finite, so the log holds null
         (row["step"], [math.nan if loss is None else loss for loss in row["losses"]], row["t"])
-        for row in rows
+        for row in rows_of(log)
     )
+
+
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; none where nothing was trained."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def by_judges(job: Job, test: Test, pictures: dict[str, list[Tensor]]) -> dict[str, Figure]:
+    """What the recipe's CLIP and DINOv2 models say of the original's and the converted pictures."""
+    from recast.evaluate.judges import Clip, open_judge
+
+    old, new, count = pictures["original"], pictures["converted"], len(test.prompts)
+    found = {}
+    for folder in job.recipe.evaluate.judges:
+        judge = open_judge(Path(folder), job.device)
+        if isinstance(judge, Clip):
+            scores = [judge.score(group, test.prompts) for group in (old, new)]
+            found["CLIP score"] = measured(*scores, count=count)
+        elif count > 1:
+            floor = judge.distance(old, pictures["wrapper"])
+            found["FD-DINOv2"] = measured(
+                floor, judge.distance(old, new), count=count,
+                note=f"from the original's {count} pictures; the first is the untrained wrapper's",
+            )  # fmt: skip
+    return found
 
 
 def log_of(job: Job, folder: Folder, objective: str) -> Path:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recast.checkpoint import Checkpoint
+from recast.convert import nulls
 from recast.convert.compose import SHOWN, Test, compose, finished, hashes
 from recast.convert.folder import Folder
 from recast.convert.material import images_of, training_captions
@@ -63,6 +64,7 @@ def measure(
         for picture in paint(model, job, test, as_objective):
             made[name].append(picture)
             yield Tick(ticks := ticks + 1)
+    unprompted = nulls.side(model, job, test)
     del model
     written = open_model(folder.path("model.safetensors"), device=job.device, objective=objective)
     few = replace(test, prompts=test.prompts[:SHOWN], seeds=test.seeds[:SHOWN])
@@ -79,7 +81,9 @@ def measure(
     )  # fmt: skip
     pictures = {name: [picture.image for picture in group] for name, group in made.items()}
     report = compose(job, folder, test, pictures, table, source, objective)
-    write_report(folder.root, replace(report, howto=howto, hashes=files))
+    null, null_shots = nulls.joined(unprompted, nulls.side(written, job, test), test)
+    report = replace(report, howto=howto, hashes=files, null=null, null_shots=null_shots)
+    write_report(folder.root, report)
 
 
 def config_folder(model: Model, folder: Folder) -> str | None:

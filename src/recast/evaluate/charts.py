@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from recast.evaluate.values import Drift, Losses
+from recast.evaluate.values import Course, Drift, Losses, Null
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD = (
     "#0a0b01",
@@ -121,6 +121,53 @@ def loss_chart(losses: Losses | None) -> str:
         axes.margins(x=0.02)
 
     return _svg(draw, "loss")
+
+
+def course_chart(course: Course | None) -> str:
+    """Drift and data error of the validations over steps; "" without any."""
+    if course is None:
+        return ""
+
+    def draw(axes: Any) -> None:
+        lines = [
+            (course.data, "against the data", FIRST),
+            (course.drift, "against the original", THIRD),
+        ]
+        shown = []
+        for values, label, colour in lines:
+            points = [(s, v) for s, v in zip(course.steps, values, strict=True) if v is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=".")
+            shown += [value for _, value in points]
+        _scale(axes, shown)
+        axes.set_xlabel("step")
+        axes.legend(frameon=False, loc="upper right", labelcolor=INK, handlelength=1.6)
+
+    return _svg(draw, "course")
+
+
+def null_chart(null: Null | None) -> str:
+    """Distance between the empty prompt and zeros over noise levels, both models; "" without."""
+    if null is None:
+        return ""
+
+    def draw(axes: Any) -> None:
+        lines = [
+            (null.original, "original", SECOND, {"linewidth": 6, "alpha": 0.4}),
+            (null.converted, "converted", FIRST, {}),
+        ]
+        for levels, label, colour, style in lines:
+            t = [(level.low + level.high) / 2 for level in levels]
+            axes.plot(
+                t, [100 * level.distance for level in levels], color=colour, label=label, **style
+            )
+        axes.set_xlim(0, 1)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.set_xlabel("noise level t  (0 data, 1 noise)")
+        axes.legend(frameon=False, loc="best", labelcolor=INK, handlelength=1.6)
+
+    return _svg(draw, "null")
 
 
 def _scale(axes: Any, values: list[float]) -> None:

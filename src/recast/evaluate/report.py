@@ -14,9 +14,9 @@ from typing import Any
 
 from recast.commit import commit
 from recast.errors import Refused
-from recast.evaluate.charts import drift_chart, loss_chart
+from recast.evaluate.charts import course_chart, drift_chart, loss_chart, null_chart
 from recast.evaluate.pictures import embedded, sheet, size_of
-from recast.evaluate.values import Report, picture_names
+from recast.evaluate.values import NULL, Report, picture_names
 from recast.evaluate.words import rows, summary
 
 __all__ = ["HTML", "JSON", "Report", "load_report", "render", "write_report"]
@@ -29,12 +29,14 @@ PIXELATED = 160  # pictures up to this many pixels wide are enlarged without smo
 def write_report(folder: Path, report: Report) -> dict[str, Path]:
     """Write page, JSON and pictures into `folder`, replacing an earlier report; JSON comes last."""
     folder = Path(folder)
-    if report.shots:
+    if report.shots or report.null_shots:
         (folder / "pictures").mkdir(exist_ok=True)
+    if report.shots:
         _commit(folder / SHEET, sheet(report.shots[:COLUMNS], _labels(report)))
-    for k, shot in enumerate(report.shots):
-        for kind, name in picture_names(k, shot).items():
-            _commit(folder / name, getattr(shot, kind))
+    for group, start in ((report.shots, ""), (report.null_shots, NULL)):
+        for k, shot in enumerate(group):
+            for kind, name in picture_names(k, shot, start).items():
+                _commit(folder / name, getattr(shot, kind))
     _commit(folder / HTML, render(report).encode())
     text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False, default=str)
     _commit(folder / JSON, text.encode() + b"\n")
@@ -51,9 +53,9 @@ def load_report(folder: Path) -> Report:
     path = Path(folder) / JSON
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        values["shots"] = [
-            shot for entry in values["shots"] if (shot := _shot(Path(folder), entry))
-        ]
+        for group in ("shots", "null_shots"):
+            entries = values.get(group, [])
+            values[group] = [shot for entry in entries if (shot := _shot(Path(folder), entry))]
         return TypeAdapter(Report).validate_python(values)
     except OSError as error:
         raise Refused(f"{folder} holds no {JSON}: run `recast convert` to its end first") from error
@@ -94,6 +96,8 @@ def render(report: Report) -> str:
         pixelated=width <= PIXELATED,
         drift_chart=Markup(drift_chart(report.drift)),
         loss_chart=Markup(loss_chart(report.losses)),
+        course_chart=Markup(course_chart(report.course)),
+        null_chart=Markup(null_chart(report.null)),
     )
 
 

@@ -88,6 +88,36 @@ class NullLevel:
 
 
 @dataclass(frozen=True)
+class Null:
+    """The distance between the two null conditions, of the original and the converted model."""
+
+    original: tuple[NullLevel, ...]
+    converted: tuple[NullLevel, ...]
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """Figures of the previews after `step` steps."""
+
+    step: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Validations during training, by step; 0 is the untrained network. `last` is the last step.
+
+    `drift` is from the original, `data` against x0 and eps, None where it was no number.
+    """
+
+    steps: tuple[int, ...]
+    drift: tuple[float | None, ...]
+    data: tuple[float | None, ...]
+    last: int
+    previews: tuple[Previewed, ...] = ()
+
+
+@dataclass(frozen=True)
 class Identity:
     """The new file under the new and the old sampler, against the original's pictures.
 
@@ -173,6 +203,11 @@ class Report:
     identity: Identity | None = None
     shots: tuple[Shot, ...] = ()
     losses: Losses | None = None
+    course: Course | None = None
+    null: Null | None = None
+    null_shots: tuple[Shot, ...] = ()
+    likeness: Mapping[str, float] = field(default_factory=dict)
+    judged: Mapping[str, Figure] = field(default_factory=dict)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     attributes: Mapping[str, Figure] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -186,15 +221,19 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """What `report.json` holds: plain values, and pictures by their file names."""
-        plain = asdict(replace(self, shots=()))
-        plain["shots"] = [
-            {"caption": shot.caption, "seed": shot.seed, **picture_names(k, shot)}
-            for k, shot in enumerate(self.shots)
-        ]
+        plain = asdict(replace(self, shots=(), null_shots=()))
+        for group, start in (("shots", ""), ("null_shots", NULL)):
+            plain[group] = [
+                {"caption": shot.caption, "seed": shot.seed, **picture_names(k, shot, start)}
+                for k, shot in enumerate(getattr(self, group))
+            ]
         return plain
 
 
-def picture_names(k: int, shot: Shot) -> dict[str, str]:
+NULL = "null-"  # before the file names of pictures without a prompt
+
+
+def picture_names(k: int, shot: Shot, start: str = "") -> dict[str, str]:
     """File names of a shot's pictures inside the run folder."""
     kinds = [kind for kind in ("original", "converted", "wrong") if getattr(shot, kind) is not None]
-    return {kind: f"pictures/{k:02d}-{kind}.png" for kind in kinds}
+    return {kind: f"pictures/{start}{k:02d}-{kind}.png" for kind in kinds}
