@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.adapter.test_fingerprint import relative
-from tests.convert import command, small
+from tests.convert import small
 from tests.convert.test_convert_refusals import refused
 from tests.convert.test_convert_resume import Stop
 

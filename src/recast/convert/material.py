@@ -297,8 +297,6 @@ def images_digest(examples: tuple[Example, ...]) -> str:
 
 def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple[str, ...]:
     """What the training was told: the images' captions, or the prompts that were dreamt."""
-    if not job.trains:
-        return ()
     if (images := images_of(job)) is not None:
         found = examples_of(images, skip_broken=skips_broken(job))
         return tuple(example.caption for example in found)
