@@ -1,6 +1,7 @@
 """A system that fails on purpose: the n-th call that touches the disk raises, or the process dies.
 
-failing = Faults(3, errno.ENOSPC); monkeypatch.setattr("recast.commit.os", failing)
+failing = Faults(3, errno.ENOSPC)
+monkeypatch.setattr("recast.commit.os", failing); monkeypatch.setattr("recast.disk.os", failing)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from tests.faults import Faults
 
 from recast import checkpoint as reading
 from recast import commit as committing
+from recast import disk
 from recast.checkpoint import Checkpoint, write, write_dict
 from recast.errors import NoRoom, RecastError, Refused
 
@@ -260,7 +261,7 @@ def test_failing_reads_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_dict(path, {"a": torch.zeros(3)})
-    monkeypatch.setattr(committing, "os", Faults(3, errno.ENOSPC, frozenset({"pwrite"})))
+    monkeypatch.setattr(disk, "os", Faults(3, errno.ENOSPC, frozenset({"pwrite"})))
     with pytest.raises(NoRoom):
         write_dict(path, tensors(), force=True)
     assert list(Checkpoint(path)) == ["a"]
@@ -290,6 +291,7 @@ def test_files_without_positioned_reads_and_writes(
 ) -> None:
     monkeypatch.setattr(reading, "os", Bare())
     monkeypatch.setattr(committing, "os", Bare())
+    monkeypatch.setattr(disk, "os", Bare())
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.float16)}
     digest = write_dict(tmp_path / "x.safetensors", tensors, {"k": "v"})
     with Checkpoint(tmp_path / "x.safetensors") as file:

@@ -13,6 +13,7 @@ import pytest
 from tests.faults import DEAD, Faults
 
 from recast import commit as module
+from recast import disk
 from recast.commit import commit, commit_folder, lock, valid_folder
 from recast.errors import NoRoom, Refused
 
@@ -90,6 +91,7 @@ def test_every_call_that_fails_leaves_the_old_file(
             failing = Faults(n, code)
             with monkeypatch.context() as patch:
                 patch.setattr(module, "os", failing)
+                patch.setattr(disk, "os", failing)
                 with suppress(expected):
                     put(path)
             assert path.read_bytes() in (OLD, NEW)
@@ -103,7 +105,7 @@ def test_every_call_that_fails_leaves_the_old_file(
 KILLS = """
 import os, sys
 from pathlib import Path
-from recast import commit as module
+from recast import commit as module, disk
 from tests.faults import DEAD, Faults
 
 path, old, new = Path(sys.argv[1]), b"old" * 1000, b"new" * 5000
@@ -112,7 +114,7 @@ while code == DEAD:
     n += 1
     path.write_bytes(old)
     if not os.fork():
-        module.os = Faults(n, None)
+        module.os = disk.os = Faults(n, None)
         pieces = lambda file: [file.write(new[:9]), file.write(new[9:])]
         module.commit(path, pieces, size=1, force=True)
         os._exit(0)
@@ -149,6 +151,59 @@ def test_temporary_files_of_the_living_are_left_alone(tmp_path: Path) -> None:
     mine.write_bytes(b"")
     put(tmp_path / "x")
     assert mine.exists()
+
+
+RIVAL = """
+import sys
+from pathlib import Path
+from recast.commit import commit
+from recast.errors import Refused
+
+def write(file):
+    file.write(b"first")
+    print("writing", flush=True)
+    sys.stdin.readline()
+
+commit(Path(sys.argv[1]), write, size=5, force=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["finish", "kill"])
+def test_a_file_that_is_being_written_is_refused_to_others(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "x [1].bin"  # a name that is a pattern too
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root / "src")}
+    command = [sys.executable, "-c", RIVAL, str(path)]
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdin
+        assert first.stdout
+        assert first.stdout.readline() == "writing\n"
+        with pytest.raises(Refused, match=f"written by process {first.pid}"):
+            put(path)
+        put(tmp_path / "y")  # another file of the folder is nobody's business
+        if end == "kill":
+            first.kill()
+        else:
+            first.stdin.write("\n")
+    assert path.exists() == (end == "finish")
+    put(path)
+    assert path.read_bytes() == NEW
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def write(file: BinaryIO) -> None:
+        file.write(NEW)
+        path.write_bytes(OLD)
+
+    with pytest.raises(Refused, match="appeared"):
+        commit(path, write, size=len(NEW))
+    assert path.read_bytes() == OLD
+    assert leftovers(tmp_path) == []
 
 
 def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:

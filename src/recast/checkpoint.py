@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from recast.commit import FLAGS, commit, read_at
+from recast.commit import commit
+from recast.disk import FLAGS, read_at
 from recast.errors import Refused
 from recast.header import (
     DTYPES,

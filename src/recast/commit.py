@@ -5,123 +5,47 @@ its target: os.replace is the commit point, so a kill at any moment leaves the o
 one.  A folder is filled under a temporary name, gets a manifest (sizes and hashes) last and is then
 renamed; without a right manifest it does not exist.
 
-A temporary file is held by an flock while its owner lives; `sweep` removes those of dead owners.
+A temporary file is held by a lock while its owner lives: who wants to write the same file meanwhile
+is refused, and `sweep` removes those of dead owners.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from recast.disk import (
+    FLAGS,
+    WINDOWS,
+    Writer,
+    abandoned,
+    alive,
+    hold,
+    read_at,
+    sync,
+    sync_folder,
+    write_at,
+)
 from recast.errors import NoRoom, Refused
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _hold(fd: int) -> None:
-        """Take the file's lock; raises OSError if another process has it."""
-        os.lseek(fd, 1 << 40, os.SEEK_SET)  # a byte beyond any content, which stays readable
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _hold(fd: int) -> None:
-        """Take the file's lock; raises OSError if another process has it."""
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-\d+\.recast-tmp")
 MANIFEST = "manifest.json"
 SPARE = 1.05  # of the announced size must be free: file systems need room for their own books
-CHUNK = 1 << 24
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (
     errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
-WINDOWS = sys.platform == "win32"
-FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # of every file that is opened
 _counter = itertools.count()
-
-
-class Writer(io.RawIOBase):
-    """A raw file that hashes what it is given.
-
-    Bytes written in order are hashed on the way; after a write elsewhere the file is read once
-    more at the end.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.at = 0
-        self.size = 0
-        self._hash = hashlib.sha256()
-        self._hashed = 0
-        self._in_order = True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        self.at = base + offset
-        return self.at
-
-    def write(self, data: Any) -> int:
-        """Write all of data; unlike a plain raw file, never less."""
-        view = memoryview(data).cast("B")
-        self._in_order &= self.at == self._hashed
-        done = 0
-        while done < len(view):
-            done += write_at(self.fd, view[done : done + CHUNK], self.at + done)
-        if self._in_order:
-            self._hash.update(view)
-            self._hashed += len(view)
-        self.at += len(view)
-        self.size = max(self.size, self.at)
-        return len(view)
-
-    def sha256(self) -> str:
-        """Hash of the whole file so far."""
-        if self._in_order:
-            return self._hash.hexdigest()
-        whole = hashlib.sha256()
-        for start in range(0, self.size, CHUNK):
-            whole.update(read_at(self.fd, CHUNK, start))
-        return whole.hexdigest()
-
-
-def read_at(fd: int, count: int, at: int) -> bytes:
-    """Read at a position; Windows has no pread."""
-    if hasattr(os, "pread"):
-        return os.pread(fd, count, at)
-    os.lseek(fd, at, os.SEEK_SET)
-    return os.read(fd, count)
-
-
-def write_at(fd: int, data: bytes | memoryview, at: int) -> int:
-    """Write at a position; Windows has no pwrite."""
-    if hasattr(os, "pwrite"):
-        return os.pwrite(fd, data, at)
-    os.lseek(fd, at, os.SEEK_SET)
-    return os.write(fd, data)
 
 
 def commit(
@@ -148,7 +72,10 @@ def commit(
         temporary, fd = _create(path)
         try:
             try:
+                _refuse_rival(path, temporary)  # who began at the same moment: neither goes on
                 digest = _fill(fd, write)
+                if path.exists() and not force:  # since the work began
+                    raise Refused(f"{path} has appeared meanwhile: name another file.")
                 if not WINDOWS:
                     os.replace(temporary, path)  # noqa: PTH105 (tests make os fail)
             finally:
@@ -159,7 +86,7 @@ def commit(
             with suppress(FileNotFoundError):
                 temporary.unlink()
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return digest
 
 
@@ -172,6 +99,7 @@ def refuse_target(path: Path, *, force: bool = False, sources: Sequence[Path | s
         raise Refused(f"{path} is a folder: name a file to write.")
     if path.exists() and not force:
         raise Refused(f"{path} exists: name another file, or give --force to replace it.")
+    _refuse_rival(path)
 
 
 def require_room(folder: Path, size: int) -> None:
@@ -195,11 +123,11 @@ def sweep(folder: Path) -> None:
     """Remove temporary files and folders whose owner is dead."""
     for found in folder.glob(".*.recast-tmp"):
         match = TEMPORARY.fullmatch(found.name)
-        if match is None or _alive(int(match["pid"])) or found.is_symlink():
+        if match is None or alive(int(match["pid"])) or found.is_symlink():
             continue
         if found.is_dir():
             shutil.rmtree(found, ignore_errors=True)
-        elif _abandoned(found):
+        elif abandoned(found):
             found.unlink(missing_ok=True)
 
 
@@ -211,7 +139,7 @@ def lock(folder: Path) -> Iterator[None]:
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
     try:
         try:
-            _hold(fd)
+            hold(fd)
         except (BlockingIOError, PermissionError) as error:
             owner = read_at(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
             raise Refused(
@@ -245,7 +173,7 @@ def commit_folder(path: Path | str, fill: Callable[[Path], object]) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def valid_folder(path: Path | str) -> bool:
@@ -264,8 +192,20 @@ def _create(path: Path) -> tuple[Path, int]:
     temporary = _temporary(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS
     fd = os.open(temporary, flags, 0o666)
-    _hold(fd)
+    hold(fd)
     return temporary, fd
+
+
+def _refuse_rival(path: Path, mine: Path | None = None) -> None:
+    """Refuse a file that another process, or this one, is writing."""
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*.recast-tmp"):
+        match = TEMPORARY.fullmatch(found.name)
+        rival = match is not None and match["name"] == path.name and found != mine
+        if match and rival and found.is_file() and not abandoned(found) and found.exists():
+            raise Refused(
+                f"{path} is being written by process {match['pid']}: wait for it to end, or name "
+                "another file."
+            )
 
 
 def _temporary(path: Path) -> Path:
@@ -285,12 +225,12 @@ def _seal(folder: Path) -> None:
     """Sync every file of a folder and write the manifest last."""
     files = _files(folder)
     for file in files.values():
-        _sync(file)
+        sync(file)
     manifest = {"files": {name: _fact(file) for name, file in files.items()}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for inner in [folder, *(d for d in folder.rglob("*") if d.is_dir())]:
-        _sync_folder(inner)
+        sync_folder(inner)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -304,46 +244,6 @@ def _fact(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, (os.O_RDWR if WINDOWS else os.O_RDONLY) | FLAGS)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    if not WINDOWS:  # which opens no folder, and writes names through
-        _sync(folder)
-
-
-def _alive(pid: int) -> bool:
-    if WINDOWS:  # where signal 0 would end the process; strays stay
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock of a temporary file (its pid may be of another container)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | FLAGS)
-    except OSError:
-        return False
-    try:
-        _hold(fd)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 @contextmanager
