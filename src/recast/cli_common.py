@@ -29,6 +29,10 @@ Judge = Annotated[
         "again."
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The frozen weights in training: full, 8bit, 4bit; the recipe's otherwise."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of data order, noise and times.")]
 Source = Annotated[
     str | None,

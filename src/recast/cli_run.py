@@ -9,6 +9,7 @@ import typer
 
 from recast import console
 from recast.cli_common import (
+    Base,
     Device,
     Far,
     Force,
@@ -53,6 +54,7 @@ def convert(
     judge: Judge = None,
     steps: Steps = None,
     seed: Seed = None,
+    base: Base = None,
     source: Source = None,
     device: Device = None,
     skip_broken: SkipBroken = False,
@@ -68,9 +70,9 @@ def convert(
     from recast.convert import Job, run
 
     job = Job(
-        model_path(model), out, recipe_of(recipe, to, steps, seed, judges=judge), images=images,
-        source=source, device=device_of(device), skip_broken=skip_broken, force=force,
-        via=tuple(via or ()), start=from_, far=far,
+        model_path(model), out, recipe_of(recipe, to, steps, seed, judges=judge, base=base),
+        images=images, source=source, device=device_of(device), skip_broken=skip_broken,
+        force=force, via=tuple(via or ()), start=from_, far=far,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
@@ -85,6 +87,7 @@ def train(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the principal adapter.")] = None,
     steps: Steps = None,
     seed: Seed = None,
+    base: Base = None,
     source: Source = None,
     device: Device = None,
     skip_broken: SkipBroken = False,
@@ -100,9 +103,9 @@ def train(
     from recast.convert import Job, run
 
     job = Job(
-        model_path(model), out, recipe_of(recipe, None, steps, seed, rank=rank), images=images,
-        source=source, device=device_of(device), skip_broken=skip_broken, force=force,
-        measure=False,
+        model_path(model), out, recipe_of(recipe, None, steps, seed, rank=rank, base=base),
+        images=images, source=source, device=device_of(device), skip_broken=skip_broken,
+        force=force, measure=False,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
@@ -217,13 +220,16 @@ def recipe_of(
     *,
     rank: int | None = None,
     judges: list[Path] | None = None,
+    base: str | None = None,
 ) -> RecipeModel:
     """A recipe with the command line's options laid over it."""
     from recast.recipe import load, override
 
     count = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
     folders = [str(folder) for folder in judges] if judges else None
-    return override(load(name), objective=to, steps=count, seed=seed, rank=rank, judges=folders)
+    return override(
+        load(name), objective=to, steps=count, seed=seed, rank=rank, judges=folders, base=base
+    )
 
 
 ABSENT = ("star", "ring", "moon")  # shapes that the demo's user pictures lack

@@ -36,6 +36,9 @@ BITS = {"8bit": 8 + 32 / BLOCK, "4bit": 4 + 32 / BLOCK}
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "encoder.layers.", "text_model.encoder.")
 TRUSTED = {"8bit": 0.02, "4bit": 0.2}  # relative error of an even ramp above which Q is broken
 
+# whoever imports it first, it warns of an optional kernel that is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -172,7 +175,7 @@ class _Frozen(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Which layers are quantised and how; `recast.model` asks for each weight that it reads.
+    """Which layers of `parts` are quantised and how; `recast.model` asks for each weight it reads.
 
     starts: the factors that begin at each (part, module). whole: those that are trained in full
     rank, which stay as they are.
@@ -183,11 +186,12 @@ class Quantiser:
     device: torch.device
     starts: Mapping[tuple[str, str], LowRank]
     whole: frozenset[tuple[str, str]] = frozenset()
+    parts: frozenset[str] = frozenset({"unet"})
 
     def __call__(self, part: str, name: str, layer: nn.Module, weight: Tensor) -> Quantised | None:
         """The layer with this weight quantised, or None where it stays as it is."""
         at = (part, name)
-        if at in self.whole or not in_block(name) or not _fits(layer):
+        if part not in self.parts or at in self.whole or not in_block(name) or not _fits(layer):
             return None
         start = self.starts.get(at)
         if start is not None:
@@ -256,8 +260,6 @@ def _fits(layer: nn.Module) -> bool:
 
 @cache
 def _bitsandbytes() -> ModuleType:
-    # at import it warns of an optional kernel that is not used here
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes
 
     return bitsandbytes

@@ -195,16 +195,20 @@ def quantiser(
     """What `open_model` needs to quantise round an adapter that will be attached, by its start.
 
     base: "8bit" or "4bit". Layers with a full entry stay as they are; of those with principal
-    factors only the residual is quantised.
+    factors only the residual is quantised. Text encoders are where a site is in them.
     """
-    starts, whole = {}, set()
+    starts, whole, parts = {}, set(), {"unet"}
     for site in sites:
         entry = adapter.entries.get(entry_name(site))
+        if entry is None:
+            continue
+        parts.add(site.part)
         if isinstance(entry, Full):
             whole.add((site.part, site.module))
-        elif entry is not None and adapter.role == "pissa-init":
+        elif adapter.role == "pissa-init":
             starts[site.part, site.module] = entry
-    return Quantiser(base, dtype, torch.device(device), starts, frozenset(whole))
+    where = torch.device(device)
+    return Quantiser(base, dtype, where, starts, frozenset(whole), frozenset(parts))
 
 
 def _zero(entry: LowRank | Full) -> LowRank | Full:

@@ -22,6 +22,7 @@ from recast.recipe import Recipe, dump_toml, load, override
 if TYPE_CHECKING:
     from recast.data.folder import Example
     from recast.model import Model
+    from recast.quantise import Quantiser
 
 MODEL = "model.safetensors"
 OUTPUTS = (
@@ -172,13 +173,16 @@ def train_stage(
         write_adapter(place, as_it_is(checkpoint, job), metadata=about, force=True)
         return
     from recast.convert.material import gather
-    from recast.convert.fixed import parts
+    from recast.convert.quantised import quantiser_of, report_base
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
 
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
-    model = open_part(job, source, parts(job.recipe))
+    quantiser = quantiser_of(checkpoint, folder, job)
+    model = open_part(job, source, parts(job.recipe), quantiser)
+    if quantiser:
+        yield from report_base(folder, model, job, next(material.draws(0)), target)
     start = yield from begin(checkpoint, folder, model, job, material, target)
     attached = attach({"unet": model.unet}, start.adapter, start.sites)
     attached.hold(start.held)
@@ -191,13 +195,18 @@ def train_stage(
     write_adapter(place, trained, metadata=about, force=True)
 
 
-def open_part(job: Job, source: str, parts: tuple[str, ...]) -> Model:
+def open_part(
+    job: Job, source: str, parts: tuple[str, ...], quantiser: Quantiser | None = None
+) -> Model:
     """The original's parts, in the precision of the recipe, on the job's device."""
     from recast.convert.training import precision
     from recast.model import open_model
 
     dtype = precision(job.recipe, job.device)
-    return open_model(job.model, dtype=dtype, device=job.device, parts=parts, objective=source)
+    return open_model(
+        job.model, dtype=dtype, device=job.device, parts=parts, objective=source,
+        quantiser=quantiser,
+    )  # fmt: skip
 
 
 def file_stage(

@@ -24,6 +24,7 @@ from recast.events import Event, Stage, Tick
 from recast.layout import Layout, detect
 from recast.markers import read_objective
 from recast.objective import OBJECTIVES
+from recast.quantise import check_base
 from recast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     recipe = job.recipe
     check_draws(recipe, replays=images_of(job) is None)
     find_solver(recipe.evaluate.solver)
+    check_base(recipe.train.base, job.device)
     build(
         recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
         **recipe.train.optimizer_args,

@@ -223,10 +223,13 @@ def log_of(job: Job, folder: Folder, objective: str) -> Path:
 
 def notes(job: Job, folder: Folder) -> tuple[str, ...]:
     """How the run began, where that was not from nothing, and what it went through."""
+    from recast.convert.quantised import in_words, read_facts
     from recast.convert.start import told
 
     with Checkpoint(folder.path("adapter.safetensors")) as file:
         found = told(file.metadata)
+    if facts := read_facts(folder):
+        found += (in_words(facts),)
     if job.via:
         found += (f"By way of {', '.join(job.via)}: the losses shown are the last leg's.",)
     return found if job.trains else (*found, "Nothing was trained: the patch was added as it is.")

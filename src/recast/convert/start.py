@@ -95,11 +95,7 @@ def begin(
     how = job.recipe.train
     sites = model.layout.sites(how.places)
     if how.rank:
-        path = folder.path("initial.safetensors")
-        if not folder.has(path.name):
-            found = decompose(checkpoint, sites, how.rank)
-            write_adapter(path, found, metadata=folder.stamp(), force=True)
-        return Start(read_adapter(path), sites)
+        return Start(principal(checkpoint, folder, sites, how.rank), sites)
     if job.start is None and how.warm == "none":
         return Start(zeros_full(checkpoint, sites), sites)
     if not folder.has(FILE):
@@ -118,6 +114,15 @@ def begin(
         site for site in model.layout.sites("every") if entry_name(site) in adapter.entries
     ]
     return Start(adapter, everywhere, frozenset(adapter.entries.keys() - trained))
+
+
+def principal(checkpoint: Checkpoint, folder: Folder, sites: list[Site], rank: int) -> Adapter:
+    """The principal factors, from `initial.safetensors` as soon as that is written."""
+    path = folder.path("initial.safetensors")
+    if not folder.has(path.name):
+        found = decompose(checkpoint, sites, rank)
+        write_adapter(path, found, metadata=folder.stamp(), force=True)
+    return read_adapter(path)
 
 
 def patched(checkpoint: Checkpoint, job: Job, zeros: Adapter) -> Adapter:
