@@ -89,6 +89,23 @@ def test_twice_the_rank_is_exact_and_survives_16_bit(original: Checkpoint, tmp_p
         assert off(read_adapter(tmp_path / dtype), wanted) < most
 
 
+def test_a_change_of_one_percent_is_kept_in_bf16(original: Checkpoint, tmp_path: Path) -> None:
+    """PEFT's concatenation [B | -B0] [A ; A0] loses 19 % of it; ours at most 0.3 %."""
+    start = decompose(original, sites(original)[:40], 8).to(torch.bfloat16).to(torch.float32)
+    end = trained(start, 0.01)
+    wanted = truth(start, end)
+    entries: dict[str, LowRank | Full] = {}
+    for name, entry in end.entries.items():
+        first = start.entries[name]
+        assert isinstance(entry, LowRank)
+        assert isinstance(first, LowRank)
+        up = torch.cat([entry.up, -first.up], 1)
+        entries[name] = LowRank(up, torch.cat([entry.down, first.down])).to(torch.bfloat16)
+    assert off(Adapter(entries), wanted) == pytest.approx(0.19, abs=0.03)
+    write_adapter(tmp_path / "a", extract_trained(original, start, end).adapter, dtype="BF16")
+    assert off(read_adapter(tmp_path / "a"), wanted) <= 3e-3
+
+
 def test_truncation_says_its_error(original: Checkpoint) -> None:
     start = decompose(original, sites(original), 4)
     end = trained(start, 0.05)

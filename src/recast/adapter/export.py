@@ -13,19 +13,19 @@ misread is never written:
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from recast.adapter.file import DTYPES, Adapter, file_metadata, kohya_hashes, zero_out_proj
-from recast.adapter.formats import Raw, plain_factors, read_raw
-from recast.adapter.spelling import Module, modules, plan_of
+from recast.adapter.file import Adapter, file_metadata, kohya_hashes
+from recast.adapter.formats import Raw, read_raw
+from recast.adapter.pairs import Pair, commonest, one_alpha, padded_pairs, taken, zero_pairs
+from recast.adapter.spelling import Module, modules, plan_of, shapes
 from recast.checkpoint import dtype_name, write_dict
 from recast.commit import commit, refuse_target
 from recast.errors import Refused
@@ -33,26 +33,6 @@ from recast.layout import Layout, Plan
 from recast.layout.loras import FORMATS, NETWORKS
 from recast.layout.peft import CONFIG, METADATA, WEIGHTS
 from recast.lowrank import LowRank
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Factors of one module as a file holds them: up (O, r), down (r, I[, kh, kw])."""
-
-    up: Tensor
-    down: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    def scaled(self, alpha: float) -> Pair:
-        """The same change with another alpha, rounded to the factors' dtype."""
-        if alpha == self.alpha:
-            return self
-        return replace(self, up=(self.up.float() * (self.alpha / alpha)).to(self.up.dtype),
-                       alpha=alpha)  # fmt: skip
 
 
 def export(
@@ -74,15 +54,17 @@ def export(
     if form not in FORMATS:
         raise Refused(f"{form!r} is no adapter format: choose {', '.join(FORMATS)}.")
     raw = read_raw(source, layout)
-    pairs, full = _taken(source, raw, dtype)
+    pairs, full = taken(source, raw, dtype)
     if full and form in ("peft", "diffusers"):
         raise Refused(
             f"{source} changes {len(full)} tensors as a whole, first {', '.join(list(full)[:3])}, "
             f"and {form} has no place for that; choose kohya or comfy."
         )
-    pairs |= _zero_out_proj(pairs)
+    if layout is not None:
+        _refuse_other_shapes(pairs, layout.plan, source)
+    pairs |= zero_pairs(pairs)
     if padded:
-        pairs = _padded(pairs)
+        pairs = padded_pairs(pairs)
     refuse_target(out / CONFIG if form == "peft" else out, force=force)
     if form == "kohya":
         names: Mapping[str, Module] = {}
@@ -96,23 +78,6 @@ def export(
     return [_write_tensors(out, pairs, full, heads, raw.metadata, force)]
 
 
-def _taken(path: Path, raw: Raw, dtype: str | None) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """The factors by module, and everything else by `module.suffix`."""
-    pairs: dict[str, Pair] = {}
-    full: dict[str, Tensor] = {}
-    for lora, tensors in raw.modules.items():
-        if "lora_up.weight" in tensors:
-            up, down = plain_factors(path, lora, tensors)
-            wanted = DTYPES[dtype] if dtype else tensors["lora_down.weight"].dtype
-            rank = float(down.shape[0])
-            alpha = tensors["alpha"].double().item() if "alpha" in tensors else rank
-            pairs[lora] = Pair(up.to(wanted), down.to(wanted), alpha)
-        for suffix in filter(tensors.__contains__, ("diff", "diff_b", "w_norm", "b_norm")):
-            tensor = tensors[suffix]
-            full[f"{lora}.{suffix}"] = tensor.to(DTYPES[dtype]) if dtype else tensor
-    return pairs, full
-
-
 def _write_tensors(
     out: Path,
     pairs: Mapping[str, Pair],
@@ -122,11 +87,11 @@ def _write_tensors(
     force: bool,
 ) -> Path:
     """kohya's file, or ComfyUI's where heads gives it other names."""
-    alpha = _one_alpha(pairs, metadata)
+    alpha = one_alpha(pairs, metadata)
     tensors: dict[str, Tensor] = {}
     for lora, pair in pairs.items():
         head = heads.get(lora, lora)
-        tensors[f"{head}.lora_up.weight"] = _raised(pair.scaled(alpha))
+        tensors[f"{head}.lora_up.weight"] = pair.scaled(alpha).raised()
         tensors[f"{head}.lora_down.weight"] = pair.down
         tensors[f"{head}.alpha"] = torch.tensor(alpha)
     for name, tensor in full.items():
@@ -162,7 +127,7 @@ def _write_diffusers(
     for lora, pair in plain.items():
         head = names[lora].diffusers()
         tensors[f"{head}.lora_A.weight"] = pair.down
-        tensors[f"{head}.lora_B.weight"] = _raised(pair)
+        tensors[f"{head}.lora_B.weight"] = pair.raised()
     header = {**metadata, "format": "pt", METADATA: json.dumps(configs, sort_keys=True)}
     if unlike and len(alphas) == 1:
         header["recast.alpha"] = str(alphas.pop())
@@ -188,7 +153,7 @@ def _write_peft(
         for lora, pair in mine.items():
             head = names[lora].peft()
             tensors[f"{head}.lora_A.weight"] = pair.down
-            tensors[f"{head}.lora_B.weight"] = _raised(pair)
+            tensors[f"{head}.lora_B.weight"] = pair.raised()
         config = PEFT_CONFIG | _config({names[lora].path: pair for lora, pair in mine.items()})
         text = json.dumps(config, indent=2, sort_keys=True).encode()
         header = {**metadata, "format": "pt", "recast.part": part}
@@ -221,8 +186,8 @@ def _config(pairs: Mapping[str, Pair]) -> dict[str, Any]:
     Paths are without `text_model.`: PEFT matches their ends.
     """
     flat = {path.removeprefix("text_model."): pair for path, pair in pairs.items()}
-    rank = _commonest(pair.rank for pair in flat.values())
-    alpha = _commonest(pair.alpha for pair in flat.values())
+    rank = commonest(pair.rank for pair in flat.values())
+    alpha = commonest(pair.alpha for pair in flat.values())
     return {
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -230,48 +195,6 @@ def _config(pairs: Mapping[str, Pair]) -> dict[str, Any]:
         "alpha_pattern": {path: p.alpha for path, p in flat.items() if p.alpha != alpha},
         "target_modules": sorted(flat),
     }
-
-
-def _one_alpha(pairs: Mapping[str, Pair], metadata: Mapping[str, str]) -> float:
-    """The file's alpha: the one it has, or had, or else the commonest rank."""
-    alphas = {pair.alpha for pair in pairs.values()}
-    if "recast.alpha" in metadata:
-        return float(metadata["recast.alpha"])
-    if len(alphas) == 1:
-        return alphas.pop()
-    return float(_commonest(pair.rank for pair in pairs.values())) if pairs else 1.0
-
-
-def _commonest(numbers: Iterable[Any]) -> Any:
-    counts = Counter(numbers)
-    return max(counts, key=lambda number: (counts[number], number))
-
-
-def _raised(pair: Pair) -> Tensor:
-    """`up` with the trailing 1x1 kernel that convolutions have."""
-    return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
-
-
-def _zero_out_proj(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    factors = {f"{lora}.weight": LowRank(p.up, p.down) for lora, p in pairs.items()}
-    alpha = {p.rank: p.alpha for p in pairs.values()}
-    found: dict[str, Pair] = {}
-    for name, zero in zero_out_proj(factors).items():
-        assert isinstance(zero, LowRank)
-        found[name.removesuffix(".weight")] = Pair(zero.up, zero.down, alpha[zero.rank])
-    return found
-
-
-def _padded(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    rank = max((pair.rank for pair in pairs.values()), default=0)
-    found = {}
-    for lora, pair in pairs.items():
-        same = pair.scaled(pair.alpha * pair.rank / rank)  # the scale alpha / r must stay
-        up = same.up.new_zeros(len(same.up), rank)
-        down = same.down.new_zeros(rank, *same.down.shape[1:])
-        up[:, : pair.rank], down[: pair.rank] = same.up, same.down
-        found[lora] = Pair(up, down, pair.alpha)
-    return found
 
 
 def _heads(full: Iterable[str]) -> set[str]:
@@ -282,6 +205,21 @@ def _guess(path: Path, raw: Raw, pairs: Mapping[str, Pair]) -> Plan:
     sizes = {lora: (len(pair.up), pair.down.shape[1]) for lora, pair in pairs.items()}
     spots = {lora: ("", sizes.get(lora, (0, 0))) for lora in raw.modules}
     return plan_of(spots, raw.metadata, str(path))
+
+
+def _refuse_other_shapes(pairs: Mapping[str, Pair], plan: Plan, path: Path) -> None:
+    """Refuse factors that do not meet the architecture's weights; a 1x1 kernel may be left out."""
+    known = shapes(plan)
+    wrong = [
+        lora
+        for lora, pair in pairs.items()
+        if lora in known and prod(known[lora]) != len(pair.up) * prod(pair.down.shape[1:])
+    ]
+    if wrong:
+        raise Refused(
+            f"{len(wrong)} of {len(pairs)} modules of {path} have other shapes than --model's, "
+            f"first {', '.join(wrong[:5])}; give the checkpoint it was made for."
+        )
 
 
 def _modules(plan: Plan, loras: list[str], path: Path) -> dict[str, Module]:
