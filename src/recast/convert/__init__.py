@@ -172,6 +172,7 @@ def train_stage(
     if not job.trains:
         write_adapter(place, as_it_is(checkpoint, job), metadata=about, force=True)
         return
+    from recast.convert.fixed import parts
     from recast.convert.material import gather
     from recast.convert.quantised import quantiser_of, report_base
     from recast.convert.training import learn
