@@ -76,10 +76,11 @@ def clip_score(
     folder: str, device: str, made: Sequence[Tensor], prompts: Sequence[str]
 ) -> dict[str, float]:
     """The CLIP score, where the folder holds a CLIP; a Fréchet distance of a few says nothing."""
-    from recast.evaluate.judges import Clip, open_judge
+    from recast.evaluate.judges import Clip, judge_kind, open_judge
 
-    judge = open_judge(Path(folder), device)
-    if not isinstance(judge, Clip):
+    if judge_kind(Path(folder)) != "clip":
         return {}
+    judge = open_judge(Path(folder), device)
+    assert isinstance(judge, Clip)
     with torch.no_grad():
-        return {"clip score": judge.score(made, prompts)}
+        return {"CLIP score": judge.score(made, prompts)}

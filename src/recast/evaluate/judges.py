@@ -84,13 +84,21 @@ def open_judge(folder: Path, device: str = "cpu") -> Clip | Dino:
     """Open a folder as transformers saves it (config.json and weights); refuses anything else."""
     kind = judge_kind(folder)
     from transformers import CLIPModel, Dinov2Model
+    from transformers.utils import logging
 
     cls = CLIPModel if kind == "clip" else Dinov2Model
+    logging.disable_progress_bar()
     try:
-        net = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        net, told = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise Refused(f"{folder} cannot be opened as a {kind} model: {reason}") from error
+    if lacking := [*told["missing_keys"], *told["mismatched_keys"]]:
+        raise Refused(
+            f"judge {folder} lacks {len(lacking)} of its weights, first {lacking[0]}: get it anew."
+        )
     net = net.to(device).float().eval().requires_grad_(False)
     if kind == "clip":
         return Clip(net, net.config.vision_config.image_size, device)

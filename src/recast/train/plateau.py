@@ -1,6 +1,6 @@
 """When to stop: the rule behind `steps = "auto"`.
 
-    S_i = mean(log D of readings i - w + 1 … i)       D drift, a reading every `every` steps, w = 4
+    S_i = mean(log D of readings i - w + 1 … i)       D drift, a reading every `every` steps, w = 3
     fall_i = S_{i-w} - S_i                            of the smoothed drift, two windows apart
     plateau at i:  fall_j < bound for j = i - 1, i
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from recast.train.schedules import SCHEDULES
 
-WINDOW = 4  # readings
-BOUND = 0.1  # of the fall of log drift over a window
+WINDOW = 3  # readings
+BOUND = 0.15  # of the fall of log drift over a window
 IN_A_ROW = 2
 SHARE = 0.5  # of the steps before the cool-down that it takes itself
 
