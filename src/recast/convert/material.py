@@ -63,11 +63,9 @@ class Images:
                     number, how.seed, how.batch, dropout=data.caption_dropout, null=data.null,
                     zero_share=data.zero_share,
                 )  # fmt: skip
-                pixels = batch.x0[0, 0].numel() * self.dataset.store.model.factor**2
-                t = shifted(self.recipe, t, pixels)
                 yield draw(
                     self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
-                    batch.index,
+                    batch.index, self.dataset.store.model.factor,
                 )  # fmt: skip
 
     def null(self) -> Condition:

@@ -81,9 +81,14 @@ def draw(
     weight: Tensor | None,
     condition: Condition,
     index: Tensor,
+    factor: int = 8,
 ) -> Draw:
-    """Batch `number`: data noised at t as the recipe says."""
+    """Batch `number`: data noised as the recipe says, at t after its shift.
+
+    `factor` is how many pixels wide one latent is.
+    """
     eps, amount = noise(recipe, x0, number), recipe.noise.perturbation
+    t = shifted(recipe, t, x0[0, 0].numel() * factor**2)
     made = noised(objective, x0, t.to(eps), eps, condition, index)
     if amount:
         source = seeded(recipe.train.seed, "perturbation", number)

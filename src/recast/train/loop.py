@@ -142,10 +142,11 @@ def _clip(parameters: list[Tensor], clip: float | None) -> float:
     """Scale the gradients to the norm `clip` at most and return the norm they had.
 
     Without a clip (None, 0) they stay as they are. A parameter that met no loss (the last layer of
-    a text encoder read before it) gets zeros: some optimizers cannot step without a gradient.
+    a text encoder read before it) gets zeros: some optimizers cannot step without a gradient. One
+    that waits gets none, so that its moments begin when it does.
     """
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     limit = clip or math.inf
     return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
