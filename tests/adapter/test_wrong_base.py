@@ -46,7 +46,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ch
 def delta(checkpoint: Checkpoint, **metadata: str) -> Adapter:
     entries: dict[str, LowRank | Full] = {
         f"{site.lora}.weight": LowRank(torch.ones(site.shape[0], 1), torch.ones(1, *site.shape[1:]))
-        for site in detect(checkpoint).sites("principal")[:7]
+        for site in [s for s in detect(checkpoint).sites("principal") if "attn2.to_k" in s.module][
+            :7
+        ]
     }
     return Adapter(entries, {"recast.role": "delta", **metadata})
 
