@@ -24,6 +24,14 @@ HOW: dict[str, dict[str, object]] = {
     "adamw-ema": {"ema": 0.9, "accumulate": 2, "warmup": 2},
     "dadaptlion": {"optimizer": "dadaptlion", "lr": 1.0, "rank": 2, "profile": "principal"},
     "prodigyplus": {"optimizer": "prodigyplus", "lr": 1.0},
+    "edm2-widened": {
+        "weighting": "edm2",
+        "distance": "huber",
+        "widen": "TIME",
+        "widen_at": 0.4,
+        "rates": {"OUT": 2.0},
+    },
+    "loss-aware": {"times": "loss-aware", "accumulate": 2},
 }
 
 
