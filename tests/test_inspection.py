@@ -136,3 +136,13 @@ def test_a_file_of_real_size_takes_little_time_and_memory(tmp_path: Path) -> Non
     seconds, kilobytes = map(float, out.split())
     assert seconds < 5  # 0.3 on an idle machine; tests share theirs
     assert kilobytes < 200_000
+
+
+def test_a_patch_s_fingerprint_is_told_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "patch.safetensors"
+    about = {"recast.role": "full", "recast.source": "eps"}
+    about["recast.fingerprint"] = json.dumps({"version": 1, "tensors": {"a": [1, "x" * 999]}})
+    write_dict(path, {"lora_unet_out_2.diff": torch.zeros(1)}, about)
+    facts = describe(path)["provenance"]["recast"]
+    assert facts["source"] == "eps"
+    assert facts["fingerprint"] == "of its base: the UNet, and 1 tensors singly"

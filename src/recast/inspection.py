@@ -209,7 +209,11 @@ def _provenance(metadata: Mapping[str, str]) -> Facts:
     groups: Facts = {"recast": {}, "modelspec": {}, "trainer": {}, "other": {}}
     for key in sorted(metadata):
         owner, _, name = key.partition(".")
-        if owner in ("recast", "modelspec") and name:
+        if key == "recast.fingerprint":
+            found = _opened(metadata[key])
+            tensors = found.get("tensors", {}) if isinstance(found, dict) else {}
+            groups[owner][name] = f"of its base: the UNet, and {len(tensors)} tensors singly"
+        elif owner in ("recast", "modelspec") and name:
             groups[owner][name] = _opened(metadata[key]) if owner == "recast" else metadata[key]
         elif key.startswith(("ss_", "sshs_")):
             groups["trainer"][key] = metadata[key]
