@@ -11,7 +11,10 @@ from recast.errors import Refused
 
 Model = Annotated[
     str,
-    typer.Argument(help="A checkpoint file, or pocket-xl or pocket-15, which ship with Recast."),
+    typer.Argument(
+        help="A checkpoint file or diffusers folder; or pocket-xl or pocket-15, which ship with "
+        "Recast."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
 Recipe = Annotated[str, typer.Option(help="A recipe that ships with Recast, or a TOML file.")]

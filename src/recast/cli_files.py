@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="A checkpoint, adapter or patch.")],
+    file: Annotated[str, typer.Argument(help="A checkpoint, folder, adapter or patch.")],
     null: Annotated[
         bool,
         typer.Option(
@@ -198,6 +198,9 @@ def rebuild(
     original: Model,
     trained: Annotated[Path, typer.Option(help="The trained adapter.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    folder: Annotated[
+        bool, typer.Option("--folder", help="Write a diffusers folder in place of a file.")
+    ] = False,
     initial: Annotated[
         Path | None,
         typer.Option(help="The adapter before training; none where the trained is a change."),
@@ -217,12 +220,16 @@ def rebuild(
     from recast.adapter import read_adapter
     from recast.adapter.rebuild import write_rebuilt
     from recast.layout import open_checkpoint
+    from recast.model.folder import through_file
 
     with open_checkpoint(model_path(original)) as checkpoint:
         start = read_adapter(initial) if initial else None
-        sha256 = write_rebuilt(
-            checkpoint, start, read_adapter(trained), out, objective=objective, force=force
-        )
+        change = read_adapter(trained)
+
+        def write(path: Path) -> str:
+            return write_rebuilt(checkpoint, start, change, path, objective=objective, force=force)
+
+        sha256 = through_file(write, out) if folder else write(out)
     facts = {"file": str(out), "sha256": sha256}
     console.emit(facts) if json else show_file(facts)
 

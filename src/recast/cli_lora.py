@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recast import console
-from recast.cli_common import Force, Json, Model, model_path
+from recast.cli_common import Force, Json, Model, Source, model_path
 from recast.errors import Refused
 from recast.show import say, show_file
 
@@ -100,9 +100,18 @@ def extract(
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="An adapter file, or a PEFT folder.")],
-    to: Annotated[str, typer.Option(help="kohya, peft, diffusers or comfy.")],
-    out: Annotated[Path, typer.Option(help="The file to write; for peft a folder.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter file or PEFT folder; or a MODEL, file or folder.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Adapters: kohya, peft, diffusers, comfy. Models: diffusers-folder, single-file."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The file to write; for peft and diffusers-folder a folder.")
+    ],
     model: Of = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; the file's own otherwise.")
@@ -110,25 +119,33 @@ def export(
     pad: Annotated[
         bool, typer.Option("--pad", help="Fill all ranks up to the largest, for kohya's trainers.")
     ] = False,
+    source: Source = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write an adapter in the names of another program; the numbers stay.
+    """Write an adapter or a model in the form of another program; the numbers stay.
 
-    Example: recast export lora.safetensors --to diffusers --out lora-diffusers.safetensors
+    Example: recast export model.safetensors --to diffusers-folder --out model
     """
     from recast.adapter import export as export_file
     from recast.cli_files import dtype_of
+    from recast.model import folder
 
-    written = export_file(
-        adapter,
-        out,
-        to,
-        layout=_layout(model),
-        dtype=dtype and dtype_of("--dtype", dtype),
-        padded=pad,
-        force=force,
-    )
+    if to in folder.FORMATS:
+        if model or dtype or pad:
+            raise Refused(f"--to {to} keeps a model as it is: leave out --model, --dtype, --pad.")
+        folder.export(model_path(str(adapter)), out, to, objective=source, force=force)
+        written = [out]
+    else:
+        written = export_file(
+            adapter,
+            out,
+            to,
+            layout=_layout(model),
+            dtype=dtype and dtype_of("--dtype", dtype),
+            padded=pad,
+            force=force,
+        )
     if json:
         console.emit([str(path) for path in written])
     else:

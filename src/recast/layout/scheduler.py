@@ -3,8 +3,9 @@
 reads   prediction_type, rescale_betas_zero_snr, use_flow_sigmas, the class FlowMatch…
 writes  eps, x0, v   EulerDiscrete, even over the trained times
         v-zsnr       DDIM, which can begin at pure noise: rescaled betas, trailing steps
-        flow         DPMSolverMultistep of order 1 with flow sigmas, which is Euler: the flow
-                     scheduler that Stable Diffusion's pipelines run as they are
+        flow         UniPC of order 1 without its corrector, which is Euler, on flow sigmas:
+                     unlike FlowMatchEuler it runs in Stable Diffusion's pipelines as they are.
+                     It tells the network whole thousandths of t, rounded down
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ SCHEDULERS: dict[str, Config] = {
         "steps_offset": 1,
     },
     "flow": {
-        "_class_name": "DPMSolverMultistepScheduler",
+        "_class_name": "UniPCMultistepScheduler",
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": 1.0,
         "solver_order": 1,
+        "disable_corrector": list(range(100)),  # steps
+        "steps_offset": 1,
     },
 }
 
