@@ -91,7 +91,7 @@ def test_residuals_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     generate(path, tiny.ONE, metadata={"recast.role": "residual", "recast.split": "unet=4,te1=2"})
     assert "residual" in describe(path)["problems"][0]
-    assert "UNet and text encoder lacks" in describe(path)["problems"][0]
+    assert "weights of its UNet and text encoder and" in describe(path)["problems"][0]
 
 
 @pytest.mark.parametrize(

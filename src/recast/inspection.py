@@ -111,10 +111,10 @@ def _layout(file: Checkpoint) -> tuple[Layout | None, list[str]]:
         return None, [str(refusal)]
     problems = []
     if file.metadata.get("recast.role") == "residual":
-        parts = named(split_parts(file.metadata)) or "split part"
+        parts = named(split_parts(file.metadata)) or "split parts"
         problems.append(
-            f"a residual, which is no model: the {parts} lacks the principal weights that the "
-            "adapter of the split holds, and both must be applied together"
+            "a residual, which is no model: the adapter of the split holds the principal weights "
+            f"of its {parts} and must be applied to all of it"
         )
     if any(spec.dtype.startswith("F8") for spec in file.specs.values()):
         problems.append("some weights are fp8: they are widened when read")

@@ -1,5 +1,6 @@
 """The four formats of adapter files: what is read, kept and refused."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -80,8 +81,14 @@ def test_round_trip_through_all_formats_keeps_the_dtype(
     write_adapter(tmp_path / "a.safetensors", change(matrices(layout)), dtype="BF16")
     end = round_trip(layout, tmp_path / "a.safetensors", tmp_path)
     same(tmp_path / "a.safetensors", end)
-    with safe_open(end, "pt") as file:
-        assert file.metadata()["recast.role"] == "delta"
+    with safe_open(end, "pt") as file, safe_open(tmp_path / "d.safetensors", "pt") as between:
+        about = file.metadata()
+        assert about["recast.role"] == "delta"
+        stale = [key for key in between.metadata() if key.startswith("sshs_")]
+        assert stale == []
+        length = int.from_bytes(end.read_bytes()[:8], "little")
+        section = end.read_bytes()[8 + length :]
+        assert about["sshs_model_hash"] == hashlib.sha256(section).hexdigest()
 
 
 def test_another_trainers_alpha_comes_back(

@@ -70,10 +70,12 @@ def export(
         names: Mapping[str, Module] = {}
     else:
         names = _modules(raw.plan or _guess(source, raw, pairs), [*pairs, *_heads(full)], source)
+    # kohya's hashes are of the tensors under kohya's names
+    plain = {k: v for k, v in raw.metadata.items() if not k.startswith("sshs_")}
     if form == "peft":
-        return _write_peft(out, pairs, names, raw.metadata, force)
+        return _write_peft(out, pairs, names, plain, force)
     if form == "diffusers":
-        return [_write_diffusers(out, pairs, names, raw.metadata, force)]
+        return [_write_diffusers(out, pairs, names, plain, force)]
     heads = {lora: module.comfy() for lora, module in names.items()}
     return [_write_tensors(out, pairs, full, heads, raw.metadata, force)]
 

@@ -82,9 +82,9 @@ def refuse_residual(checkpoint: Checkpoint) -> None:
     if checkpoint.metadata.get("recast.role") == "residual":
         parts = split_parts(checkpoint.metadata)
         raise Refused(
-            f"{checkpoint.path} is the residual of a split, not a model: without its adapter the "
-            f"{named(parts) or 'split part'} would run without principal weights; give the "
-            "checkpoint it was split from "
+            f"{checkpoint.path} is the residual of a split, not a model: the principal weights of "
+            f"its {named(parts) or 'split parts'} are in the adapter; give the checkpoint it was "
+            "split from "
             f"(sha256 {checkpoint.metadata.get('recast.base_sha256', '?')[:12]})."
         )
 

@@ -65,5 +65,6 @@ def split_parts(metadata: Mapping[str, str]) -> dict[str, int]:
 
 
 def named(parts: Iterable[str]) -> str:
-    """Parts in words, as `UNet and text encoder`."""
-    return " and ".join(PART_NAMES[part] for part in parts if part in PART_NAMES)
+    """Parts in words, as `UNet, text encoder and second text encoder`."""
+    words = [PART_NAMES[part] for part in parts if part in PART_NAMES]
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
