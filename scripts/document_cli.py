@@ -10,8 +10,8 @@ INTRODUCTION = """# The command line
 Written by `python scripts/document_cli.py > docs/cli.md`; a test keeps it true.
 
 `MODEL` is a safetensors file, a diffusers folder, or `pocket-xl` or `pocket-15`, which ship with
-Recast. Results go to stdout, progress and errors to stderr. `--json` prints a result for scripts. An
-error is one sentence; `recast --debug VERB …` shows its traceback.
+Recast. Results go to stdout, progress and errors to stderr. `--json` prints a result for scripts.
+An error is one sentence; `recast --debug VERB …` shows its traceback.
 
 | exit code | meaning |
 |---|---|
