@@ -60,6 +60,7 @@ def test_a_watched_run_stopped_after_every_step_ends_with_the_same_bytes(
     assert {"psnr", "colours"} <= rows[1]["previews"].keys()
 
 
+@pytest.mark.slow
 def test_watching_does_not_change_what_is_trained(home: Path, tmp_path: Path) -> None:
     blind = recipe(home, {"validate_every": 0}, optimizer="prodigyplus", lr=1.0)
     seen = override(blind, watch=WATCH | PREVIEW)
@@ -78,6 +79,7 @@ def test_a_run_too_short_for_a_validation_prepares_none(home: Path, tmp_path: Pa
     assert "validation" not in lines(tmp_path)[-1]
 
 
+@pytest.mark.slow
 def test_the_rates_of_an_open_run_and_its_end(home: Path, tmp_path: Path) -> None:
     """A tiny network's drift hardly moves: level at the first reading that can say so."""
     how = recipe(home, WATCH | {"alarm": False}, steps="auto", max_steps=40, checkpoint_every=4)
@@ -182,7 +184,7 @@ def test_images_are_held_out_where_there_are_enough(home: Path) -> None:
     assert hold_out(made, override(how, validate_every=0)) == (made, [])
 
 
-@pytest.mark.parametrize("null", ["zero", "both"])
+@pytest.mark.parametrize("null", [pytest.param("zero", marks=pytest.mark.slow), "both"])
 @pytest.mark.parametrize("images", [True, False], ids=["images", "dreams"])
 def test_captions_are_dropped_to_the_null_condition_that_is_asked_for(
     null: str, images: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
