@@ -7,8 +7,8 @@ import torch
 
 from recast.convert.checks import check_draws
 from recast.convert.losses import distance_of, weighting_of
-from recast.convert.material import Replay
-from recast.convert.noising import dealt, draw, noise, times
+from recast.convert.noising import dealt, draw, noise, remarks, times
+from recast.convert.replay import Replay
 from recast.dream import Shard
 from recast.errors import Refused
 from recast.objective import EPS, FLOW, retime
@@ -57,8 +57,15 @@ def test_noise_options_act_in_turn_and_repeat() -> None:
     clean = FLOW.noise(x0, made.eps, t)
     assert (made.x - clean).abs().max() > 0.01
     check(made, FLOW)
-    alone = recipe(noise={"pairing": "optimal"})
-    assert torch.equal(noise(alone, x0[:1], 3), noise(recipe(), x0[:1], 3))
+
+
+def test_pairing_has_no_effect_at_batch_1_and_says_so() -> None:
+    alone = recipe(batch=1, noise={"pairing": "optimal"})
+    x0 = torch.randn(1, 4, 8, 8)
+    assert torch.equal(noise(alone, x0, 3), noise(recipe(), x0, 3))
+    (said,) = remarks(alone)
+    assert "no effect" in said
+    assert list(remarks(override(alone, batch=2))) == list(remarks(recipe())) == []
 
 
 def test_larger_pictures_are_shifted_by_the_root_of_their_pixels() -> None:

@@ -15,17 +15,16 @@ import torch
 
 from recast.checkpoint import Checkpoint
 from recast.convert.folder import Folder, Stopped
-from recast.convert.noising import aimed, dealt, draw, shifted
+from recast.convert.noising import dealt, draw, remarks
+from recast.convert.replay import ZERO, Replay
 from recast.data.buckets import Buckets, aspects, square
-from recast.dream import Plan, Shard, dream, prompts_for, read_shards
+from recast.dream import Plan, dream, prompts_for, read_shards
 from recast.events import Event, Note, Stage, Tick
-from recast.objective import FLOW, Objective, retime
+from recast.objective import Objective
 from recast.recipe import Recipe
-from recast.train import Aware, Draw, replayed, seeded
+from recast.train import Aware, Draw
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from recast.convert import Job
     from recast.data.cache import Dataset
     from recast.data.folder import Example
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 BUCKETED = 256  # pixels of a side from which pictures keep their aspect
 CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
-ZERO = "\0"  # no prompt can be that: names the row of zeroed conditioning
 
 
 class Material(Protocol):
@@ -77,78 +75,6 @@ class Images:
         return empty.zeros() if self.recipe.data.null == "zero" else empty
 
 
-@dataclass(frozen=True)
-class Replay:
-    """States and velocities of pictures that the original made, and the prompts they were made of.
-
-    `conditions` has a row for every prompt of `rows`; the last one is the empty prompt's, the one
-    before it (ZERO) all zeros.
-    """
-
-    shards: tuple[Shard, ...]
-    conditions: Condition
-    rows: dict[str, int]
-    recipe: Recipe
-    objective: Objective
-    device: str
-    factor: int
-
-    def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
-        how, aims = self.recipe.train, aimed(self.recipe)
-        for step in range(done, how.limit):
-            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
-                made = self.draw(step * how.accumulate + micro, t if aims else None)
-                yield made if weight is None else replace(made, weight=weight.to(made.t))
-
-    def null(self) -> Condition:
-        return self.conditions[-1]
-
-    def draw(self, number: int, aim: Tensor | None = None) -> Draw:
-        """Batch `number`: any pairs, the unprompted ones as often as captions are dropped.
-
-        Each is the one of its picture's states that is nearest to the time aimed at, if any is.
-        """
-        how = self.recipe.train
-        places = [(s, k) for s, shard in enumerate(self.shards) for k in range(len(shard.prompts))]
-        generator = seeded(how.seed, "replay", number)
-        picture = torch.randint(len(places), (how.batch,), generator=generator).tolist()
-        state = torch.rand(how.batch, generator=generator).tolist()
-        null = torch.rand(how.batch, generator=generator) < self.recipe.data.caption_dropout
-        t, x, u, row = [], [], [], []
-        for i, (place, gone) in enumerate(zip(picture, null.tolist(), strict=True)):
-            shard, k = self.shards[places[place][0]], places[place][1]
-            step = int(state[i] * len(shard.t))
-            if aim is not None:
-                step = self.nearest(shard, aim[i])
-            t.append(shard.t[step])
-            x.append(shard.x[step, k])
-            u.append(shard.u_null[step, k].float() if gone else self.answer(shard, step, k))
-            unprompted = ZERO if shard.zeroed[k] else ""
-            row.append(self.rows[unprompted if gone else shard.prompts[k]])
-        return self._draw(torch.stack(t), torch.stack(x), torch.stack(u), torch.tensor(row))
-
-    def nearest(self, shard: Shard, aim: Tensor) -> int:
-        """The state whose time on the new path is nearest to one that is aimed at."""
-        pixels = shard.x[0, 0, 0].numel() * self.factor**2
-        there = retime(shard.t.float(), FLOW.path, self.objective.path)
-        return int((there - shifted(self.recipe, aim, pixels)).abs().argmin())
-
-    def answer(self, shard: Shard, step: int, k: int) -> Tensor:
-        """The original's answer to a prompt, guided as the recipe's target has it."""
-        u, scale = shard.u[step, k].float(), self.recipe.target.guided
-        if scale == 1:
-            return u
-        u_null = shard.u_null[step, k].float()
-        return u_null + scale * (u - u_null)
-
-    def _draw(self, t: Tensor, x: Tensor, u: Tensor, row: Tensor) -> Draw:
-        t, x, u = (value.to(self.device, torch.float32) for value in (t, x, u))
-        wide = t.view(-1, 1, 1, 1)
-        x0, eps = x - wide * u, x + (1 - wide) * u
-        time = retime(t, FLOW.path, self.objective.path)
-        return replayed(self.objective, x0, time, eps, self.conditions[row], row)
-
-
 def gather(
     checkpoint: Checkpoint,
     folder: Folder,
@@ -177,6 +103,8 @@ def from_images(
     from recast.data.folder import scan
     from recast.model import open_model
 
+    for remark in remarks(job.recipe):
+        yield Note(remark)
     on_broken: Literal["refuse", "skip"] = "skip" if skips_broken(job) else "refuse"
     found = scan(images, on_broken=on_broken)
     for problem in found.problems:

@@ -5,6 +5,7 @@ Both are pure functions of (seed, step), and loss-aware times of what was learnt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,12 @@ def noise(recipe: Recipe, x0: Tensor, number: int) -> Tensor:
     if how.offset:
         eps = offset(eps, how.offset, seeded(seed, "offset", number))
     return paired(eps, x0) if how.pairing == "optimal" else eps
+
+
+def remarks(recipe: Recipe) -> Iterator[str]:
+    """What a user should know of the noise that was asked for."""
+    if recipe.noise.pairing == "optimal" and recipe.train.batch == 1:
+        yield "noise.pairing deals noises out within a batch; at train.batch 1 it has no effect."
 
 
 def draw(
