@@ -158,6 +158,12 @@ def _believed(file: Checkpoint, layout: Layout | None, evidence: Evidence) -> li
     if family is None or layout is None:
         return []
     truth = evidence.objective
+    if file.path.is_dir():
+        note = "reads single files: recast export --to single-file writes one"
+        return [
+            {"loader": "ComfyUI", "objective": None, "note": note},
+            {"loader": "diffusers", "objective": truth},
+        ]
     known = layout.plan.unet == FULL_SIZE[family].unet
     believed = _from_tensors(file.specs) if family == "sdxl" else "eps"
     comfy: Facts = {"loader": "ComfyUI", "objective": believed if known else None}

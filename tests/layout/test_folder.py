@@ -191,6 +191,7 @@ def test_inspection_needs_no_torch(saved: dict[str, tuple[Path, Path]], family: 
     assert (facts["kind"], facts["family"], facts["problems"]) == ("checkpoint", family, [])
     assert facts["components"]["unet"]["dtypes"] == {"F32": facts["components"]["unet"]["tensors"]}
     assert facts["format"] == "diffusers folder"
+    assert [entry["objective"] for entry in facts["loaders"]] == [None, "eps"]
     code = (
         f"import sys; from recast.inspection import describe; describe({str(path)!r}); "
         "print('torch' in sys.modules)"
