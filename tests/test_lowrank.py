@@ -1,5 +1,8 @@
 """Factors: optimal, balanced, reproducible, and defined on degenerate input."""
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,21 +54,62 @@ def test_exact_loses_no_energy(shape: tuple[int, ...], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
-@pytest.mark.parametrize("shape", [(160, 160), (320, 160), (160, 40, 3, 3)])
+@pytest.mark.parametrize("shape", [(256, 256), (640, 256), (256, 40, 3, 3)])
 def test_fast_loses_half_a_percent_at_most(shape: tuple[int, ...], kind: str) -> None:
     w = weight(shape, kind)
     for rank in (4, 16, 24):
-        factors = factorize(w, rank, method="fast")
+        tally: Counter[str] = Counter()
+        factors = factorize(w, rank, method="fast", tally=tally)
+        assert tally == {"fast": 1}
         assert energy(w, factors) >= 0.995 * best(w, rank)
         assert torch.equal(factors.up, factorize(w, rank, method="fast").up)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_exact_by_iteration_loses_a_millionth_at_most(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = weight((384, 500), kind)
+    monkeypatch.setattr("torch.linalg.eigh", only_below(384))
+    for rank in (2, 16):
+        assert energy(w, factorize(w, rank)) >= (1 - 1e-6) * best(w, rank) - 1e-7
+
+
+def only_below(side: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """eigh that fails at a side: what needs all eigenvectors of a weight cannot pass."""
+    eigh = torch.linalg.eigh
+
+    def run(square: Tensor) -> tuple[Tensor, Tensor]:
+        assert len(square) < side
+        return eigh(square)
+
+    return run
+
+
+def test_fast_takes_exact_where_the_rank_is_not_small() -> None:
+    tally: Counter[str] = Counter()
+    fast = factorize(weight((64, 64)), 8, method="fast", tally=tally)
+    assert tally == {"small": 1, "exact": 1}
+    assert torch.equal(fast.up, factorize(weight((64, 64)), 8).up)
+
+
+@pytest.mark.parametrize("size", [2.0**-40, 1.0, 2.0**40])
+def test_fast_finds_the_same_directions_at_every_size(size: float) -> None:
+    w = weight((256, 256))
+    tally: Counter[str] = Counter()
+    factors = factorize(w * size, 16, method="fast", tally=tally)
+    assert tally == {"fast": 1}
+    torch.testing.assert_close(factors.up / size**0.5, factorize(w, 16, method="fast").up)
 
 
 @pytest.mark.parametrize(
     "made_of", [torch.zeros, lambda *s: torch.eye(*s)[:, :1] @ torch.ones(1, s[1])]
 )
 def test_fast_falls_back_to_exact_on_degenerate_weights(made_of) -> None:
-    w = made_of(128, 128)
-    fast, exact = factorize(w, 4, method="fast"), factorize(w, 4)
+    w = made_of(160, 160)
+    tally: Counter[str] = Counter()
+    fast, exact = factorize(w, 4, method="fast", tally=tally), factorize(w, 4)
+    assert tally == {"untrusted": 1, "exact": 1}
     torch.testing.assert_close(fast.dense(), exact.dense())
     torch.testing.assert_close(fast.dense(), w)
 

@@ -5,8 +5,8 @@ A weight W is (O, I) or (O, I, kh, kw) and is treated as the matrix (O, I*kh*kw)
     W = U S V^T      up = U_r sqrt(S_r)      down = sqrt(S_r) V_r^T      (balanced)
 
 `exact` takes U or V from the eigenvectors of the fp32 Gram matrix of the short side, `fast` from a
-Chebyshev iteration on a bf16 Gram matrix; the other factor is always a projection of W itself, so a
-slightly rotated subspace costs captured energy and never exactness. Factors are not clamped.
+Krylov iteration in bf16; the other factor is always a projection of W itself in fp32, so a slightly
+rotated subspace costs captured energy and never exactness. Factors are not clamped.
 
 The difference of two products is never formed as B A - B0 A0, which cancels:
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from recast.errors import Refused
+from recast.subspace import BLOCK, Factored, Formed, leading, random_block
 
 
 @dataclass(frozen=True)
@@ -179,16 +180,29 @@ def subtract(trained: LowRank, initial: LowRank, rank: int | None = None) -> Low
 
 
 def _exact(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
-    """Leading left singular vectors (m, r) of a wide (m, n) matrix, from its Gram matrix."""
+    """Leading left singular vectors (m, r) of a wide (m, n) matrix, from its fp32 Gram matrix.
+
+    At ranks far below m by Krylov iteration until CERTAIN, else from all eigenvectors.
+    """
     tally["exact"] += 1
-    _, vectors = torch.linalg.eigh(gram(wide))
-    return vectors[:, -rank:].flip(1)
+    square = gram(wide)
+    if 10 * (rank + BLOCK) < len(wide) and square.dtype == torch.float32:
+        start = random_block(len(square), rank, square) @ square
+        found = leading(Formed(square), start, rank, CERTAIN, len(square) // 2)
+        if found is not None:
+            return found
+    return torch.linalg.eigh(square)[1][:, -rank:].flip(1)
 
 
 def _fast(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
-    """As _exact up to 0.5 % of the energy: subspace iteration where it pays and converges."""
-    pays = 4 * (rank + EXTRA) < len(wide)
-    found = _chebyshev(wide, rank) if pays else None
+    """As _exact up to 0.5 % of the energy: Krylov iteration in bf16 where it pays and converges."""
+    found = None
+    pays = 6 * (rank + BLOCK) < len(wide)
+    if pays:
+        columns = len(wide) * 3 // 4
+        weight = Factored(wide, columns)
+        start = weight.times(random_block(wide.shape[1], rank, wide))
+        found = leading(weight, start, rank, CLOSE, columns)
     if found is None:
         tally["untrusted" if pays else "small"] += 1
         return _exact(wide, rank, tally)
@@ -196,49 +210,9 @@ def _fast(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
     return found
 
 
-def _chebyshev(wide: Tensor, rank: int) -> Tensor | None:
-    """Chebyshev iteration on the bf16 Gram matrix of a wide matrix; None where it failed the test.
-
-    The damped part of the spectrum is [0, smallest Ritz value]. The block is made orthonormal at
-    every product and the recurrence carried along (both its terms times the same R^-1 span the same
-    space), because the leading directions would else drown the others. Accepted if the last sweep
-    moved the sum of the Ritz values by less than RITZ.
-    """
-    square = gram(wide.bfloat16())
-    start = torch.randn(len(wide), rank + EXTRA, generator=torch.Generator().manual_seed(0))
-
-    def product(x: Tensor) -> Tensor:
-        return (square @ x.bfloat16()).to(wide.dtype)
-
-    q = torch.linalg.qr(product(start.to(wide)))[0]
-    q = torch.linalg.qr(product(q))[0]
-    before = 0.0
-    for sweep in range(SWEEPS + 1):
-        image = product(q)
-        core = q.T @ image
-        if not torch.isfinite(core).all():
-            return None
-        ritz, turn = torch.linalg.eigh(core)
-        total = ritz[-rank:].sum().item()
-        old, new = q @ turn, image @ turn
-        bound = ritz[0].item()
-        if bound <= 0:
-            return None
-        if sweep == SWEEPS:
-            return old[:, -rank:].flip(1) if abs(total - before) <= RITZ * before else None
-        before = total
-        new = 2 / bound * new - old
-        for _ in range(DEGREE - 1):
-            q, r = torch.linalg.qr(new)
-            old = torch.linalg.solve_triangular(r, old, upper=True, left=False)
-            old, new = q, 2 * (2 / bound * product(q) - q) - old
-        q = torch.linalg.qr(new)[0]
-    raise AssertionError("the loop ends in its last sweep")
-
-
-SWEEPS, DEGREE, EXTRA, RITZ = 2, 4, 16, 0.015
+CLOSE, CERTAIN = 3e-3, 4e-7  # shares of the energy that may be missing, as far as can be seen
 BLOCKS = 4
-ORDINARY = 2.0**-30  # the square of a peak between this and its inverse has room in fp32
+ORDINARY = 2.0**-12  # the fourth power of a peak between this and its inverse has room in fp32
 METHODS: dict[str, Callable[[Tensor, int, Counter[str]], Tensor]] = {"exact": _exact, "fast": _fast}
 
 
