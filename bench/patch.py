@@ -100,15 +100,19 @@ def recipe(**train: Any) -> Recipe:
     """The default conversion, short."""
     from recast.recipe import load, override
 
-    return override(load(), objective="flow", train=train, data={"pictures": 64})
+    return override(
+        load(), objective="flow", train=train, data={"pictures": 64}, watch={"validate_every": 0}
+    )
 
 
 def base_patch() -> Path:
     """Convert pocket-xl once; its patch."""
     from recast import pocket
     from recast.convert import Job
+    from recast.recipe import load, override
 
-    follow(Job(pocket.path("pocket-xl"), RUNS / "base", recipe(), measure=False))
+    how = override(load(), objective="flow", data={"pictures": 64})
+    follow(Job(pocket.path("pocket-xl"), RUNS / "base", how, measure=False))
     return RUNS / "base" / "patch.safetensors"
 
 
@@ -124,7 +128,10 @@ def tuned(name: str) -> Path:
     if not (out / "images.complete").exists():
         write_images(out / "images", tune)
         (out / "images.complete").touch()
-    how = override(load("train"), train={**tune.train, "checkpoint_every": 1000})
+    # what a fine-tune does on purpose is what the alarm watches for
+    how = override(
+        load("train"), train={**tune.train, "checkpoint_every": 1000}, watch={"validate_every": 0}
+    )
     follow(
         Job(pocket.path("pocket-xl"), out / "tune", how, images=out / "images", measure=False)
     )  # fmt: skip
