@@ -18,7 +18,7 @@ An error is one sentence; `recast --debug VERB …` shows its traceback.
 | 0 | done |
 | 1 | a check failed (verify) |
 | 2 | bad input or usage: nothing was written |
-| 4 | training diverged: the last good state is kept |
+| 4 | training diverged or collapsed: the last good state is kept |
 | 5 | no room on the disk or the device |
 | 130, 143 | stopped by Ctrl-C or SIGTERM with the state saved: the same command goes on |
 
