@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests import tiny
 from torch import Tensor
 
 from recast.adapter import Adapter, export, split, write_adapter
+from recast.adapter_facts import grouped
 from recast.checkpoint import Checkpoint
 from recast.inspection import describe
 from recast.layout import Layout, Site, detect
@@ -78,7 +80,7 @@ def test_who_does_not_know_the_names(folder: Path) -> None:
     said = notes(folder / "d.safetensors")["ComfyUI"][0]
     assert f"does not know {attention} attention layers of the UNet" in said
     assert "ComfyUI's names" in notes(folder / "c.safetensors")["diffusers, kohya's tools"][0]
-    assert "PEFT" in notes(folder / "peft")["ComfyUI, A1111, kohya's tools"][0]
+    assert "PEFT" in notes(folder / "peft")["ComfyUI, A1111, kohya's tools, load_lora_weights"][0]
 
 
 def changed(folder: Path, tmp_path: Path, change: dict[str, Tensor | None]) -> Path:
@@ -148,6 +150,13 @@ def test_several_ranks_and_roles(tmp_path: Path) -> None:
     assert set(describe(tmp_path / "adapter.safetensors")["ranks"]) == {"2", "3"}
     problem = describe(tmp_path / "residual.safetensors")["problems"][0]
     assert "weights of its UNet and" in problem
+
+
+def test_many_ranks_are_grouped() -> None:
+    assert grouped(Counter({64: 3, 4: 2})) == {"4": 2, "64": 3}
+    assert grouped(Counter(range(1, 18))) == {
+        "1": 1, "2": 1, "3 to 4": 2, "5 to 8": 4, "9 to 16": 8, "17 to 32": 1,
+    }  # fmt: skip
 
 
 def test_a_broken_peft_folder_is_a_problem(folder: Path, tmp_path: Path) -> None:

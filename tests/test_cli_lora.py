@@ -117,6 +117,9 @@ def test_export_and_dry_run(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert trunks == sorted(trunks, reverse=True)
     assert (seen["resolution"], seen["batch"]) == (64, 1)
     assert not (run / "split").exists()
+    words = ["--rank", "2", "--profile", "OUT01", "--dry-run", "--out", run / "split"]
+    seen = recast(capsys, "split", model, *words)
+    assert [row["block"] for row in seen["blocks"]] == ["OUT01", "all"]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +157,23 @@ def test_verify_asks_for_answers_too(run: Path, capsys: pytest.CaptureFixture[st
     assert isinstance(seen, dict)
     assert seen["verdict"] == "passed"
     assert 0 < seen["answers"]["output"] < 1e-2
+
+
+def test_a_peft_folder_rebuilds_and_a_split_text_encoder_is_noted(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = run / "o.safetensors"
+    words = ["extract", model, "--initial", run / "initial.safetensors", "--trained"]
+    recast(capsys, *words, run / "trained.safetensors", "--out", run / "a", "--dtype", "fp32")
+    recast(capsys, "export", run / "a", "--to", "peft", "--out", run / "peft", "--model", model)
+    for name in ("a", "peft"):
+        out = run / f"{name}.safetensors"
+        recast(capsys, "rebuild", model, "--trained", run / name, "--out", out)
+    with Checkpoint(run / "a.safetensors") as a, Checkpoint(run / "peft.safetensors") as b:
+        assert all(a.raw(key) == b.raw(key) for key in a.specs)
+    for profile, noted in (("kohya-conv,te1", True), ("lycoris-full", False)):
+        made = recast(
+            capsys, "split", model, "--rank", "1", "--out", run / profile, "--profile", profile
+        )
+        assert isinstance(made, dict)
+        assert ("captions" in (made["note"] or "")) == noted

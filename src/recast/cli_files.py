@@ -163,10 +163,13 @@ def split(
     from recast.adapter.split import split as split_files
     from recast.cli_lora import ranges, show_forecast
     from recast.layout import detect, open_checkpoint
+    from recast.layout.sites import MATRICES
 
     rules, form = rank or ["64"], dtype_of("--adapter-dtype", adapter_dtype)
     with open_checkpoint(model_path(model)) as checkpoint:
-        sites = detect(checkpoint).sites(profile)
+        named = detect(checkpoint).sites(profile)
+        # the norms and biases of a block stay in the residual
+        sites = [s for s in named if s.param == "weight" and s.kind in MATRICES] or named
         if dry_run:
             show_forecast(checkpoint, sites, rules, form, resolution, batch, json=json)
             return
@@ -190,8 +193,15 @@ def split(
         "methods": dict(made.methods),
         "adapter_sha256": made.adapter_sha256,
         "residual_sha256": made.residual_sha256,
+        "note": TEXTS_SPLIT if any(site.part != "unet" for site in sites) else None,
     }
     console.emit(facts) if json else show_file(facts)
+
+
+TEXTS_SPLIT = (
+    "text encoders are split too: apply and train their adapters with the UNet's, or captions "
+    "mean nothing"
+)
 
 
 def rebuild(
@@ -219,12 +229,13 @@ def rebuild(
     """
     from recast.adapter import read_adapter
     from recast.adapter.rebuild import write_rebuilt
-    from recast.layout import open_checkpoint
+    from recast.layout import detect, open_checkpoint
     from recast.model.folder import through_file
 
     with open_checkpoint(model_path(original)) as checkpoint:
-        start = read_adapter(initial) if initial else None
-        change = read_adapter(trained)
+        layout = detect(checkpoint)
+        start = read_adapter(initial, layout) if initial else None
+        change = read_adapter(trained, layout)
 
         def write(path: Path) -> str:
             return write_rebuilt(checkpoint, start, change, path, objective=objective, force=force)
@@ -260,22 +271,23 @@ def verify(
     from recast.adapter import read_adapter
     from recast.adapter.verify import verify_rebuilt, verify_split
     from recast.checkpoint import Checkpoint
-    from recast.layout import open_checkpoint
+    from recast.layout import detect, open_checkpoint
     from recast.verification import Question, rebuilt_answers, split_answers
 
     likeness = None
     with ExitStack() as files:
         source = files.enter_context(open_checkpoint(model_path(original)))
+        layout = detect(source)
         if residual is not None and adapter is not None and rebuilt is None:
             parts = files.enter_context(Checkpoint(residual))
-            factors = read_adapter(adapter)
+            factors = read_adapter(adapter, layout)
             verdict = verify_split(source, parts, factors, tolerance=tolerance)
             if level > 1:
                 question = Question(level, device=device_of(device))
                 likeness = split_answers(source, parts, factors, question)
         elif rebuilt is not None and residual is None and adapter is None:
-            start = read_adapter(initial) if initial else None
-            change = read_adapter(trained) if trained else None
+            start = read_adapter(initial, layout) if initial else None
+            change = read_adapter(trained, layout) if trained else None
             file = files.enter_context(open_checkpoint(rebuilt))
             verdict = verify_rebuilt(source, file, start, change, tolerance=tolerance or 0.0)
             if level > 1:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recast import console
 from recast.cli_common import Force, Json, Model, Source, model_path
 from recast.errors import Refused
+from recast.events import Event
 from recast.show import say, show_file
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from recast.adapter.forecast import Forecast
     from recast.checkpoint import Checkpoint
     from recast.layout import Layout, Site
 
@@ -88,7 +90,7 @@ def extract(
             found = extract_trained(base, start, end, rank, texts=texts, parts=wanted)
         sha256 = write_adapter(out, found.adapter, dtype=form, force=force)
     entries = found.adapter.entries.values()
-    facts = {
+    facts: dict[str, Any] = {
         "file": str(out),
         "modules": len(entries),
         "ranks": ranges([entry.rank for entry in entries if isinstance(entry, LowRank)] or [0]),
@@ -96,6 +98,9 @@ def extract(
         "left_out": list(found.left_out),
         "sha256": sha256,
     }
+    if not json and len(found.left_out) > 3:
+        first = ", ".join(found.left_out[:3])
+        facts["left_out"] = f"{len(found.left_out)} tensors, first {first}"
     console.emit(facts) if json else show_file(facts)
 
 
@@ -189,10 +194,17 @@ def show_forecast(
     from recast.layout import detect
     from recast.model.load import preferred_size
 
-    seen = forecast(
-        checkpoint, sites, rules, adapter_dtype=adapter_dtype, batch=batch,
-        resolution=resolution or preferred_size(checkpoint, detect(checkpoint)),
-    )  # fmt: skip
+    ended: list[Forecast] = []
+
+    def steps() -> Generator[Event, None, None]:
+        side = resolution or preferred_size(checkpoint, detect(checkpoint))
+        seen = yield from forecast(
+            checkpoint, sites, rules, adapter_dtype=adapter_dtype, batch=batch, resolution=side
+        )
+        ended.append(seen)
+
+    console.follow(steps())
+    seen = ended.pop()
     if json:
         rows = [dataclasses.asdict(row) for row in (*seen.rows, seen.total)]
         memory = {
@@ -203,6 +215,11 @@ def show_forecast(
             "resolution": seen.size[0], "batch": seen.size[1],
         })  # fmt: skip
         return
+    _print_forecast(seen)
+
+
+def _print_forecast(seen: Forecast) -> None:
+    """A row for each block, and the memory on each base."""
     table = _table("block", "layers", "rank", "energy", "parameters", "adapter")
     for row in (*seen.rows, seen.total):
         size = seen.adapter_bytes * row.parameters / seen.total.parameters

@@ -18,6 +18,7 @@ from recast.layout.names import PART_NAMES
 __all__ = ["adapter_facts"]
 
 Facts = dict[str, Any]
+FEW = 8
 
 
 def adapter_facts(files: Sequence[tuple[Checkpoint, str]]) -> Facts:
@@ -28,7 +29,6 @@ def adapter_facts(files: Sequence[tuple[Checkpoint, str]]) -> Facts:
     seen = look(files)
     meta = seen.metadata
     low = [module for module in seen.modules if module.rank is not None]
-    ranks = Counter(module.rank for module in low)
     alphas = Counter(module.alpha for module in low)
     order = sorted(alphas, key=lambda alpha: (alpha is None, alpha or 0))
     parts = Counter(module.part or "other" for module in seen.modules)
@@ -38,13 +38,25 @@ def adapter_facts(files: Sequence[tuple[Checkpoint, str]]) -> Facts:
         "role": meta.get("recast.role"),
         "modules": {p: parts[p] for p in [*PART_NAMES, "other"] if parts[p]},
         "kinds": dict(Counter(kind for module in seen.modules for kind in kinds(module))),
-        "ranks": {str(rank): ranks[rank] for rank in sorted(filter(None, ranks))},
+        "ranks": grouped(Counter(module.rank for module in low if module.rank)),
         "alphas": {"none" if a is None else f"{a:g}": alphas[a] for a in order},
         "base_sha256": meta.get("recast.base_sha256") or meta.get("ss_new_sd_model_hash"),
         "objective": {"name": meta.get("recast.objective"), "evidence": [], "contradictions": []},
         "loaders": [{"loader": loader, "note": note} for loader, note in misreadings(seen)],
         "problems": list(problems(seen)),
     }
+
+
+def grouped(counts: Counter[int]) -> dict[str, int]:
+    """How many layers have which rank; of more than FEW ranks those between powers of two."""
+    if len(counts) <= FEW:
+        return {str(rank): counts[rank] for rank in sorted(counts)}
+    found: dict[str, int] = {}
+    for rank in sorted(counts):
+        top = 1 << (rank - 1).bit_length()
+        name = f"{top // 2 + 1} to {top}" if top > 2 else str(rank)
+        found[name] = found.get(name, 0) + counts[rank]
+    return found
 
 
 def kinds(module: Module) -> list[str]:

@@ -42,7 +42,7 @@ def names(seen: Seen) -> Notes:
         )
     if seen.form == "peft":
         yield (
-            "ComfyUI, A1111, kohya's tools",
+            "ComfyUI, A1111, kohya's tools, load_lora_weights",
             "do not read PEFT's files; recast export --to kohya",
         )
     if seen.form == "diffusers":
