@@ -1,10 +1,11 @@
 """The null condition: how far apart the two things are that samplers call "no prompt".
 
-    distance(t) = |net(x, t | empty prompt) - net(x, t | zeros)| / |net(x, t | empty prompt)|
+    distance(t) = |u(x, t | empty prompt) - u(x, t | zeros)| / |u(x, t | empty prompt)|
 
-Norms over all latents of a noise level. Zeros are zero context and zero pooled text, with SDXL's
-sizes as they are. A model was trained with one of the two; where they are far apart, guidance
-against the other one breaks it.
+u = eps - x0 is what the answer implies on the linear path, whatever the network predicts, so that
+models of different objectives can be compared. Norms are over all latents of a noise level. Zeros
+are zero context and zero pooled text, with SDXL's sizes as they are. A model was trained with one
+of the two; where they are far apart, guidance against the other one breaks it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from recast.evaluate.bound import latents, noises
 from recast.evaluate.values import NullLevel
 from recast.model import Model
-from recast.objective import Net, Objective
+from recast.objective import FLOW, Net, express
 from recast.text.encode import Condition
 from recast.train import seeded
 
@@ -45,32 +46,29 @@ def nulls(model: Model) -> Nulls:
 def null_distance(
     model: Model, prompts: Sequence[str], *, bins: int = BINS, seed: int = 0
 ) -> tuple[NullLevel, ...]:
-    """Measure an opened model on latents that it makes for `prompts`, noised along its own path."""
+    """Measure an opened model on latents that it makes for `prompts`, and noises linearly."""
     with torch.no_grad():
         condition = model.condition(prompts)
     eps = noises(model.latent_shape(), [seed + k for k in range(len(prompts))]).to(model.device)
     size = max(1, POSITIONS // eps[0, 0].numel())
     x0 = latents(model.net, model.objective, eps, condition, steps=STEPS, batch=size)
     both = nulls(model)
-    return tuple(levels(model.net, model.objective, x0, both, bins, seed))
+    return tuple(
+        levels(lambda c: express(model.net(c), model.objective, FLOW), x0, both, bins, seed)
+    )
 
 
 @torch.no_grad()
 def levels(
-    bound: Callable[[Condition], Net],
-    objective: Objective,
-    x0: Tensor,
-    both: Nulls,
-    bins: int,
-    seed: int,
+    bound: Callable[[Condition], Net], x0: Tensor, both: Nulls, bins: int, seed: int
 ) -> Iterator[NullLevel]:
-    """The distance in each of `bins` even parts of the path."""
+    """The distance in each of `bins` even parts of the path; the net answers in FLOW."""
     at = seeded(seed, "null")
     size = max(1, POSITIONS // x0[0, 0].numel())
     for k in range(bins):
         eps = torch.randn(x0.shape, generator=at).to(x0)
         t = ((k + torch.rand(len(x0), generator=at)) / bins).clamp(max=1 - 1e-6).to(x0)
-        x = objective.noise(x0, eps, t)
+        x = FLOW.noise(x0, eps, t)
         apart = whole = 0.0
         for rows in torch.arange(len(x0)).split(size):
             one = bound(both.empty)(x[rows], t[rows]).double()
