@@ -198,6 +198,12 @@ def test_other_curves_are_refused_in_one_sentence(value: object) -> None:
         override(load(), target={"mix": value})
 
 
+def test_rates_survive_a_round_trip(tmp_path: Path) -> None:
+    recipe = override(load(), rates={"readout,time": 0.5, "OUT08": 2})
+    assert load(write(tmp_path, dump_toml(recipe))) == recipe
+    assert "train.rates.OUT08" in differences(recipe, load())
+
+
 def test_places_are_all_that_is_ever_trained() -> None:
     assert load().train.places == "readout"
     assert override(load(), widen="time,IN01").train.places == "readout,time,IN01"

@@ -1,11 +1,13 @@
 """Noise options keep their promises: spectrum, mean, pairing of least cost, unmoved target."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
+from recast.errors import Refused
 from recast.objective import EPS, FLOW
 from recast.train import check, noised, seeded
 from recast.train.assign import assign
@@ -62,7 +64,17 @@ def test_offset_shifts_whole_channels() -> None:
 @pytest.mark.parametrize("objective", [EPS, FLOW], ids=lambda o: o.name)
 def test_perturbation_moves_the_input_only(objective) -> None:
     d = noised(objective, normal(64, 4, 8, 8), torch.full((64,), 0.5), normal(64, 4, 8, 8, seed=1))
-    x = perturbed(objective, d.x, d.t, 0.2, seeded("perturb"))
+    moved = perturbed(objective, d, 0.2, seeded("perturb"))
     _, sigma = objective.path(d.t)
-    assert (x - d.x).std().item() == pytest.approx(0.2 * sigma[0].item(), rel=0.05)
-    check(noised(objective, d.x0, d.t, d.eps), objective)
+    assert (moved.x - d.x).std().item() == pytest.approx(0.2 * sigma[0].item(), rel=0.05)
+    assert moved.eps is d.eps
+
+
+def test_strong_perturbation_of_a_tiny_batch_keeps_the_data_contract() -> None:
+    """By chance the added noise looks like 2 % of the data; it is known and taken away."""
+    x0, eps, t = normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1), torch.full((1,), 0.5)
+    for seed in range(20):
+        moved = perturbed(FLOW, noised(FLOW, x0, t, eps), 0.9, seeded("perturb", seed))
+        check(moved, FLOW)
+    with pytest.raises(Refused, match="noised latents hold"):
+        check(replace(moved, x0=1.05 * x0), FLOW)

@@ -99,5 +99,5 @@ def draw(
     made = noised(objective, x0, t.to(eps), eps, condition, index)
     if amount:
         source = seeded(recipe.train.seed, "perturbation", number)
-        made = replace(made, x=perturbed(objective, made.x, made.t, amount, source))
+        made = perturbed(objective, made, amount, source)
     return made if weight is None else replace(made, weight=weight.to(eps))

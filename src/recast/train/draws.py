@@ -25,7 +25,8 @@ class Draw:
 
     `condition` is what the net is bound to. `index` (B,) says which examples these are.
     `teacher` is the original's answer (x0, eps) where it is already known: replay. `weight` (B,)
-    makes up for times that were drawn more or less often than others.
+    makes up for times that were drawn more or less often than others. `added` is noise in x that
+    x0 and eps do not account for.
     """
 
     x0: Tensor
@@ -36,6 +37,7 @@ class Draw:
     index: Tensor | None = None
     teacher: tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
+    added: Tensor | None = None
 
 
 def noised(
@@ -89,7 +91,8 @@ def checked(draws: Iterable[Draw], objective: Objective, first: int = 4) -> Iter
 def check(draw: Draw, objective: Objective) -> None:
     """Raise Refused unless the draw's x is its x0 and eps, noised along the objective's path."""
     alpha, sigma = (c.double().view(-1, 1) for c in objective.path(draw.t))
-    x0, eps, x = (v.double().flatten(1) for v in (draw.x0, draw.eps, draw.x))
+    clean = draw.x if draw.added is None else draw.x - draw.added
+    x0, eps, x = (v.double().flatten(1) for v in (draw.x0, draw.eps, clean))
     if not x0.any():
         raise Refused("the latents of a draw are all zero; remake the cache they came from")
     columns = torch.stack([(alpha * x0).flatten(), (sigma * eps).flatten()], dim=1)

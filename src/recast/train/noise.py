@@ -4,12 +4,15 @@ Each is a pure function of its arguments; whoever calls gives every batch its ow
 but `perturbed` change the eps that the target is made of, too.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from recast.objective import Objective, levels
 from recast.train.assign import assign
+from recast.train.draws import Draw
 
 
 def multires(eps: Tensor, count: int, discount: float, generator: Generator) -> Tensor:
@@ -49,9 +52,8 @@ def paired(eps: Tensor, x0: Tensor) -> Tensor:
     return eps[assign(cost.cpu().numpy())]
 
 
-def perturbed(
-    objective: Objective, x: Tensor, t: Tensor, amount: float, generator: Generator
-) -> Tensor:
-    """The input with `amount` more noise than the target knows of (Ning et al. 2023)."""
-    _, sigma = levels(objective.path, t, x)
-    return x + amount * sigma * torch.randn(x.shape, generator=generator).to(x)
+def perturbed(objective: Objective, draw: Draw, amount: float, generator: Generator) -> Draw:
+    """The draw with `amount` more noise in x than the target knows of (Ning et al. 2023)."""
+    _, sigma = levels(objective.path, draw.t, draw.x)
+    added = amount * sigma * torch.randn(draw.x.shape, generator=generator).to(draw.x)
+    return replace(draw, x=draw.x + added, added=added)
