@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests import tiny
 
 from recast.adapter import attach, decompose, read_adapter, split, verify_split
-from recast.adapter.forecast import activations, forecast
+from recast.adapter.forecast import Forecast, activations, forecast
 from recast.adapter.ranks import Rule, ranks
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
@@ -105,18 +105,27 @@ def test_fallbacks_are_counted(original: Checkpoint, tmp_path: Path) -> None:
         split(original, sites, 2, tmp_path / "no", method="svd")
 
 
+def foreseen(*given: object, **options: object) -> Forecast:
+    steps = forecast(*given, **options)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 def test_forecast_says_what_split_then_does(original: Checkpoint, tmp_path: Path) -> None:
     sites = detect(original).sites("principal,te1")
     rules = ["4", "te=2", "OUT01=energy:0.5"]
-    seen = forecast(original, sites, rules)
+    seen = foreseen(original, sites, rules)
     done = split(original, sites, rules, tmp_path)
     assert seen.total.energy == pytest.approx(done.energy, abs=1e-3)
     assert seen.total.ranks == (2, max(done.ranks.values()))
     assert sum(row.modules for row in seen.rows) == len(sites)
     file = load_file(tmp_path / "adapter.safetensors")
     assert sum(t.numel() * t.element_size() for t in file.values()) == seen.adapter_bytes
-    big = forecast(original, sites[:1], 4, resolution=128, batch=2)
-    small = forecast(original, sites[:1], 4, resolution=64)
+    big = foreseen(original, sites[:1], 4, resolution=128, batch=2)
+    small = foreseen(original, sites[:1], 4, resolution=64)
     wide, narrow = big.memory["full"].activations, small.memory["full"].activations
     assert wide == pytest.approx(8 * narrow, rel=0.1)
     assert (big.size, small.size) == ((128, 2), (64, 1))

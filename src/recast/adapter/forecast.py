@@ -17,7 +17,7 @@ It is an estimate for planning: allocators round up, and no checkpointing of act
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from recast.adapter.decompose import matrices
@@ -25,6 +25,7 @@ from recast.adapter.file import DTYPES
 from recast.adapter.places import read_site, refuse_residual
 from recast.adapter.ranks import Ranks, ranks
 from recast.checkpoint import Checkpoint
+from recast.events import Event, Stage, Tick
 from recast.layout import Layout, Site, detect
 from recast.layout.blueprint import UNetPlan
 from recast.layout.sites import MATRICES
@@ -81,7 +82,7 @@ def forecast(
     resolution: int | None = None,
     batch: int = 1,
     trunk_bytes: int = 2,
-) -> Forecast:
+) -> Generator[Event, None, Forecast]:
     """Read every chosen weight's singular values and say what its rank would hold.
 
     resolution: pixels of a side, the family's own (1024, 512) if None. trunk_bytes: of a number in
@@ -91,7 +92,8 @@ def forecast(
     rules, chosen = ranks(rank), matrices(sites)
     rules.check(chosen)
     blocks: dict[str, list[tuple[int, float, float, int]]] = {}
-    for site in chosen:
+    yield Stage("weigh", len(chosen), "layers")
+    for number, site in enumerate(chosen, 1):
         weight = read_site(checkpoint, site)
         singular = spectrum(weight, name=site.key).double()
         squares = singular.square()
@@ -100,6 +102,7 @@ def forecast(
         size = count * (site.shape[0] + weight.numel() // site.shape[0])
         held = squares[:count].sum().item()
         blocks.setdefault(site.block, []).append((count, held, whole, size))
+        yield Tick(number)
     rows = tuple(_row(block, found) for block, found in blocks.items())
     total = _row("all", [one for found in blocks.values() for one in found])
     layout = detect(checkpoint)
