@@ -218,7 +218,8 @@ def read_shards(folder: Path, plan: Plan, model_sha256: str) -> list[Shard]:
         with Checkpoint(path) as file:
             texts = tuple(json.loads(file.metadata["recast.prompts"]))
             zeroed = plan.zeroed(count, len(texts))
-            found.append(Shard(texts, *(file[key] for key in ("t", "x", "u", "u_null")), zeroed))
+            t, x, u, u_null = (file[key] for key in ("t", "x", "u", "u_null"))
+            found.append(Shard(texts, t, x, u, u_null, zeroed))
         count += len(texts)
     return found
 
