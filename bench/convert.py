@@ -212,13 +212,14 @@ def operations(job: Job, source: str) -> tuple[float, float]:
     from recast.adapter import attach
     from recast.adapter.decompose import decompose, zeros_full
     from recast.convert.training import student, target_of
+    from recast.convert.trunk import shared
     from recast.model import open_model
     from recast.objective import OBJECTIVES
     from recast.train import criterion, noised, replayed
 
     model = open_model(job.model, objective=source)
     objective = OBJECTIVES[job.recipe.target.objective]
-    sites = model.layout.sites(job.recipe.train.profile)
+    sites = model.layout.sites(job.recipe.train.places)
     rank = job.recipe.train.rank
     start = (
         decompose(model.checkpoint, sites, rank) if rank else zeros_full(model.checkpoint, sites)
@@ -228,11 +229,13 @@ def operations(job: Job, source: str) -> tuple[float, float]:
     x = torch.randn(1, *model.latent_shape())
     made = replayed if job.images is None else noised
     draw = made(objective, x, half, x, condition, half.long())
-    loss = criterion(target_of(job.recipe, model, attached, objective), objective)
+    trunk = shared(model.unet, attached, model.objective, objective)
+    target = target_of(job.recipe, model, attached, objective, condition, trunk)
+    loss = criterion(target, objective)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.net(condition)(x, half)
     with FlopCounterMode(display=False) as whole:
-        loss(student(model, objective), draw).weighted.mean().backward()
+        loss(student(model, objective, trunk), draw).weighted.mean().backward()
     attached.detach()
     return float(forward.get_total_flops()), float(whole.get_total_flops())
 
