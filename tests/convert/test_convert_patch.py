@@ -88,6 +88,7 @@ def test_the_patch_alone_converts_a_relative(
     assert report["command"].startswith("recast patch ")
     assert report["files"][0]["name"] == "../kin-v.safetensors"
     assert report["losses"] is None
+    assert 'config="kin-v/diffusers"' in report["howto"][1]["code"]
     assert any(apart[1] in note for note in report["notes"])
     before_again = tree(tmp_path)
     command.run(words)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,11 +88,15 @@ def measure(
 
 
 def config_folder(model: Model, folder: Folder) -> str | None:
-    """Write the folder that diffusers needs beside a file of unusual size, else return None."""
+    """Write the folder that diffusers needs for a file of unusual size; its path from the file's.
+
+    None for the usual sizes.
+    """
     if model.layout.unet["block_out_channels"][0] == 320:
         return None
-    write_config_folder(model.layout, folder.path(FOLDER))
-    return FOLDER
+    place = folder.path(FOLDER)
+    write_config_folder(model.layout, place)
+    return Path(relpath(place, folder.path("model.safetensors").parent)).as_posix()
 
 
 def paint(model: Model, job: Job, test: Test, as_objective: Objective | None) -> Iterator[Picture]:
