@@ -10,11 +10,11 @@ from typing import Any
 from _factor import METHODS, RANKS, SPECTRA, SQUARE_MB, Figure, Shape
 
 ABOUT = """
-Seconds are {clock}, the least of five turns in which the methods alternate (one turn
-where it takes over a second), on one weight of each shape, times how often the model has the shape;
-the spectrum is `half`, because the time of an SVD hardly depends on it. Lost energy is what the
-factors hold less than the best of their rank do, as a share of that. Peaks are above what the
-process held before. A full SVD makes a square factor of the long side; where that is beyond
+Seconds are {clock}, the least of five turns in which the methods alternate (one
+turn where it takes over half a second), on one weight of each shape, times how often the model has
+the shape; the spectrum is `half`, because the time of an SVD hardly depends on it. Lost energy is
+what the factors hold less than the best of their rank do, as a share of that. Peaks are above what
+the process held before. A full SVD makes a square factor of the long side; where that is beyond
 {square} MB it was not run, and the thin SVD's time, which is less, stands for it (`at least`, with
 the number of such layers).
 """

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,32 +42,38 @@ PARTIAL = Path(__file__).parents[1] / "runs" / "bench-split"
 OURS = ("exact", "fast")
 
 
-def measured(shape: Shape, rank: int, device: torch.device) -> Iterator[Figure]:
-    """Everything about one shape: all methods at one rank and spectrum, then what ours lose."""
+def times(shape: Shape, rank: int, device: torch.device) -> list[Figure]:
+    """All methods at one rank and spectrum."""
+    w = weight(shape, SPECTRA[0], device)
+    chosen = [method for method in METHODS if not large(shape, method)]
+    return compare(w, optimum(w), rank, SPECTRA[0], chosen)
+
+
+def energies(shape: Shape, rank: int, device: torch.device) -> list[Figure]:
+    """What ours lose at the ranks and spectra that `times` has not measured."""
+    found = []
     for spectrum in SPECTRA:
         w = weight(shape, spectrum, device)
         squares = optimum(w)
-        side = min(w.flatten(1).shape)
-        if spectrum == SPECTRA[0]:
-            chosen = [method for method in METHODS if not large(shape, method)]
-            yield from compare(w, squares, rank, spectrum, chosen)
         for other in RANKS:
-            if other <= side and (spectrum, other) != (SPECTRA[0], rank):
-                yield from (lose(w, squares, other, spectrum, method) for method in OURS)
+            new = (spectrum, other) != (SPECTRA[0], rank)
+            if new and other <= min(w.flatten(1).shape):
+                found += [lose(w, squares, other, spectrum, method) for method in OURS]
+    return found
 
 
 def every(chosen: list[Shape], rank: int, device: torch.device, partial: Path) -> list[Figure]:
-    """The figures of all shapes; each shape is written down once it is measured."""
+    """The figures of all shapes; what is measured of a shape is written down at once."""
     found: list[Figure] = []
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:<25}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=len(chosen))
-        for shape in chosen:
-            name = "x".join(map(str, shape))
+        task = bar.add_task("", total=2 * len(chosen))
+        for measure, shape in product((times, energies), chosen):
+            name = f"{'x'.join(map(str, shape))}.{measure.__name__}"
             bar.update(task, description=name)
             file = partial / f"{name}.json"
             if not file.exists():
-                figures = [asdict(figure) for figure in measured(shape, rank, device)]
+                figures = [asdict(figure) for figure in measure(shape, rank, device)]
                 partial.mkdir(parents=True, exist_ok=True)
                 file.with_suffix(".part").write_text(json.dumps(figures), encoding="utf-8")
                 file.with_suffix(".part").rename(file)

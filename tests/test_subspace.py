@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recast import subspace
 from recast.layout.spectra import draw
 from recast.subspace import Factored, Formed, Operator, leading, random_block
 
@@ -89,3 +90,12 @@ def test_what_has_no_directions_to_find_is_given_up(square: Tensor) -> None:
 def test_a_basis_too_small_to_converge_is_given_up() -> None:
     matrix = wide("flat")
     assert search(Formed(matrix @ matrix.T), RANK, 4e-7, most=4 * RANK) is None
+
+
+def test_a_basis_that_lost_its_orthonormality_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(new: Tensor, basis: Tensor) -> Tensor:
+        return new / new.norm(dim=1, keepdim=True)
+
+    matrix = wide()
+    monkeypatch.setattr(subspace, "_orthonormal", careless)
+    assert search(Formed(matrix @ matrix.T), RANK, 1.0) is None
