@@ -248,6 +248,18 @@ def test_wrong_combinations_are_refused(original: Checkpoint) -> None:
         decompose(original, sites, 2)
 
 
+@pytest.mark.parametrize("field", ["residual_sha256", "method", "base_sha256"])
+def test_an_adapter_of_another_start_is_refused(original: Checkpoint, field: str) -> None:
+    """Same names, ranks and shapes, another T0: the sum would be another model."""
+    start = decompose(original, chosen(original, "principal")[:2], 2)
+    start = Adapter(start.entries, {**start.metadata, "recast.residual_sha256": "aa" * 32})
+    trained = stirred(start)
+    list(rebuild(original, start, trained))
+    other = Adapter(trained.entries, {**trained.metadata, f"recast.{field}": "bb" * 32})
+    with pytest.raises(Refused, match=f"{field}|sha256"):
+        list(rebuild(original, start, other))
+
+
 def test_overflow_is_named_not_stored(original: Checkpoint) -> None:
     start = zeros_full(original, chosen(original, "readout"))
     name = next(iter(start.entries))

@@ -1,5 +1,7 @@
 """Split: residual + adapter are the original, in one pass, and say what they belong to."""
 
+import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from recast.adapter import (
     zeros_full,
 )
 from recast.checkpoint import Checkpoint, write_dict
-from recast.errors import Refused
+from recast.errors import NoRoom, Refused
 from recast.inspection import describe
 from recast.layout import Site, detect
 from recast.lowrank import LowRank
@@ -246,6 +248,35 @@ def test_broken_weights_are_named_and_nothing_is_left(original: Checkpoint, tmp_
         with pytest.raises(Refused, match=bad.replace(".", r"\.")):
             split(broken, sites(original), 2, tmp_path / "out")
         assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_residual_does_not_stay_without_its_adapter(
+    original: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(sys.modules["recast.adapter.split"], "kohya_hashes", full)
+    with pytest.raises(OSError, match="full"):
+        split(original, sites(original), 2, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_room_for_the_residual_and_its_factors_is_asked_for_first(
+    original: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def none(_: Path, size: int) -> None:
+        asked.append(size)
+        raise NoRoom("full")
+
+    monkeypatch.setattr(sys.modules["recast.adapter.split"], "require_room", none)
+    for rank, dtype in ((2, None), (4, None), (4, "F32")):
+        with pytest.raises(NoRoom):
+            split(original, sites(original), rank, tmp_path / "out", residual_dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    assert original.nbytes * 0.95 < asked[0] < asked[1] < original.nbytes * 1.5 < asked[2]
 
 
 def test_verify_names_what_is_off(original: Checkpoint, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from recast.errors import CheckFailed, Refused
 from recast.lowrank import Full, LowRank, difference
 from recast.markers import marker_specs, stamp, strip
 
+# what an adapter keeps of its making while it is trained
+ORIGIN = ("recast.base_sha256", "recast.residual_sha256", "recast.method", "recast.rank_rule")
 CONTENT_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -130,6 +132,13 @@ def check_pair(initial: Adapter | None, trained: Adapter) -> None:
             f"{len(odd)} entries are in only one of the initial and trained adapters, "
             f"first {', '.join(odd[:5])}; give two adapters of one run."
         )
+    for key in ORIGIN:
+        began, kept = initial.metadata.get(key), trained.metadata.get(key)
+        if began is not None and kept is not None and began != kept:
+            raise Refused(
+                f"the trained adapter began with another initial one ({key} is {kept[:12]}, not "
+                f"{began[:12]}); give two adapters of one run."
+            )
     for name, entry in trained.entries.items():
         start = initial.entries[name]
         if type(start) is not type(entry) or start.shape != entry.shape:

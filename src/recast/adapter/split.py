@@ -111,7 +111,11 @@ def split(
         )
         energy = 1 - sum(run.left.values()) / max(sum(run.whole.values()), 1e-300)
         about |= {"recast.energy": f"{energy:.6f}", "recast.residual_sha256": residual}
-        adapter = _write_spooled(adapter_path, run, spool, about, force)
+        try:
+            adapter = _write_spooled(adapter_path, run, spool, about, force)
+        except BaseException:
+            residual_path.unlink(missing_ok=True)  # worth nothing without its adapter
+            raise
     shares = {n: 1 - run.left[n] / whole if whole else 1.0 for n, whole in run.whole.items()}
     return Split(adapter, residual, energy, shares, run.ranks, dict(run.tally))
 
