@@ -28,7 +28,7 @@ from recast.layout.names import PART_NAMES, TEXTS, UNET, VAE
 from recast.layout.pipeline import SUBFOLDERS, read_index, read_plan
 from recast.layout.scheduler import stated_by
 from recast.layout.weights import Weights, read_json
-from recast.markers import OBJECTIVES, SCHEDULER, marker_specs
+from recast.markers import OBJECTIVES, OWN, SCHEDULER, marker_specs
 
 OWN_FILE = "recast.safetensors"
 FOLDER_HASH, FILE_HASH = "recast.folder.sha256", "recast.folder.file_sha256"
@@ -106,6 +106,8 @@ class Folder:
         if self._own is not None:
             own = {k: v for k, v in self._own.metadata.items() if k not in (FOLDER_HASH, FILE_HASH)}
             return own | said
+        if self.objective in OBJECTIVES[1:]:  # eps is what silence means
+            said[OWN] = str(self.objective)
         usual = 8 * SAMPLE[self.plan.family]
         return said if size == usual else {**said, SIZE_KEY: str(size)}
 
