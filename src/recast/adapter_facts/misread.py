@@ -90,7 +90,7 @@ def _alphas_in_diffusers(part: str, modules: list[Module]) -> Notes:
         yield (
             "diffusers",
             f"gives the {len(none)} layers of the {PART_NAMES[part]} without alpha the commonest "
-            f"one, {common:g}; the others take scale 1",
+            f"one, {common:g}; other programs take scale 1",
         )
     if len(counts) > 1:
         other = sum(counts.values()) - counts[common]
