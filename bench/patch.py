@@ -5,11 +5,11 @@
     python bench/patch.py --page
 
 Each fine-tune is made by `recast train` or `recast merge` and converted from eps to flow four ways:
-the patch alone, the patch and 25 or 50 steps of polish, 25 or 100 steps from nothing. All train on
-what the fine-tune itself dreams (64 pictures), 16 samples a step. Figures: PSNR of 16 pictures
-against the fine-tune's own from the same noise (25 steps, guidance 3; half of them of combinations
-that pocket-xl never saw), and the distance between the fine-tune and pocket-xl as the patch's
-fingerprint tells it. One seed, one thread.
+the patch alone, the patch and 25 or 50 steps of polish (recipe polish), 25 or 100 steps from
+nothing (recipe default). All train on what the fine-tune itself dreams (64 pictures), 16 samples a
+step. Figures: PSNR of 16 pictures against the fine-tune's own from the same noise (25 steps,
+guidance 3; half of them of combinations that pocket-xl never saw), and the distance between the
+fine-tune and pocket-xl as the patch's fingerprint tells it. One seed, one thread.
 """
 
 from __future__ import annotations
@@ -96,13 +96,14 @@ ARMS = ("patch", "patch+25", "patch+50", "nothing 25", "nothing 100")
 Row = dict[str, Any]
 
 
-def recipe(**train: Any) -> Recipe:
-    """The default conversion, short."""
+def recipe(name: str, **train: Any) -> Recipe:
+    """A recipe for a conversion to flow, from fewer dreams, not validated."""
     from recast.recipe import load, override
 
     return override(
-        load(), objective="flow", train=train, data={"pictures": 64}, watch={"validate_every": 0}
-    )
+        load(name), objective="flow", train=train, data={"pictures": 64},
+        watch={"validate_every": 0},
+    )  # fmt: skip
 
 
 def base_patch() -> Path:
@@ -172,8 +173,8 @@ def arm_job(model: Path, patch: Path, out: Path, arm: str) -> Job:
     from recast.convert import Job
 
     kind, _, steps = arm.replace("+", " ").partition(" ")
-    how = recipe(steps=int(steps)) if steps else recipe()
-    start = patch if kind == "patch" else None
+    name, start = ("polish", patch) if kind == "patch" else ("default", None)
+    how = recipe(name, steps=int(steps)) if steps else recipe(name)
     return Job(model, out, how, start=start, trains=bool(steps), far=True, measure=False)
 
 

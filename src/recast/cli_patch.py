@@ -37,7 +37,7 @@ def patch(
     images: Annotated[
         Path | None, typer.Option(help="With --polish: images with .txt captions.")
     ] = None,
-    recipe: Recipe = "default",
+    recipe: Recipe = "polish",
     seed: Seed = None,
     source: Source = None,
     device: Device = None,

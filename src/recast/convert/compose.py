@@ -164,7 +164,7 @@ def command(job: Job, objective: str) -> str:
     words += ["--source", job.source] if job.source else []
     usual = override(load(), objective=objective)
     if job.file is not None:
-        usual = override(usual, steps=job.recipe.train.steps)
+        usual = override(load("polish"), objective=objective, steps=job.recipe.train.steps)
     if job.recipe != usual:
         words += ["--recipe", str(job.out / "recipe.toml")]
     return shlex.join(words)
