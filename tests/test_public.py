@@ -14,7 +14,7 @@ import recast
 SOURCE = Path(__file__).parents[1] / "src"
 NAMES = """
 EPS FLOW OBJECTIVES V V_ZSNR X0 Objective carry express
-Checkpoint Layout detect Model open_model sample_images
+Checkpoint open_checkpoint Layout detect Model open_model sample_images
 Adapter LowRank attach decompose factorize read_adapter rebuild split
 Job Recipe load_recipe run
 RecastError Refused __version__

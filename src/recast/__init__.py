@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from recast.checkpoint import Checkpoint
     from recast.convert import Job, run
     from recast.errors import RecastError, Refused
-    from recast.layout import Layout, detect
+    from recast.layout import Layout, detect, open_checkpoint
     from recast.lowrank import LowRank, factorize
     from recast.model import Model, open_model
     from recast.objective import EPS, FLOW, OBJECTIVES, V_ZSNR, X0, Objective, V, carry, express
@@ -30,7 +30,7 @@ HOMES = {
     "checkpoint": ("Checkpoint",),
     "convert": ("Job", "run"),
     "errors": ("RecastError", "Refused"),
-    "layout": ("Layout", "detect"),
+    "layout": ("Layout", "detect", "open_checkpoint"),
     "lowrank": ("LowRank", "factorize"),
     "model": ("Model", "open_model"),
     "objective": (
@@ -68,6 +68,7 @@ __all__ = [
     "express",
     "factorize",
     "load_recipe",
+    "open_checkpoint",
     "open_model",
     "read_adapter",
     "rebuild",

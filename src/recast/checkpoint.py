@@ -69,8 +69,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     Keys come in the order of the data. Opening reads and checks only the header and raises Refused
     with a sentence for whatever is not a sound file. The file stays open, so that one replaced
-    meanwhile is not mixed with its successor; `close` or a with statement ends that. A `store` takes
-    the place of the file; `recast.layout.open_checkpoint` has one for diffusers folders.
+    meanwhile is not mixed with its successor; `close` or a with statement ends that. A `store` may
+    stand for the file; `recast.layout.open_checkpoint` has one for diffusers folders.
     """
 
     def __init__(

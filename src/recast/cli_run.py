@@ -58,6 +58,9 @@ def convert(
     source: Source = None,
     device: Device = None,
     skip_broken: SkipBroken = False,
+    folder: Annotated[
+        bool, typer.Option("--folder", help="Leave the model as a diffusers folder too: OUT/model.")
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -76,6 +79,10 @@ def convert(
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
+    if folder:
+        from recast.model.folder import write_beside
+
+        write_beside(out / "model.safetensors", out / "model", force=force)
     show_report(out, json)
 
 
