@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from recast import console
-from recast.events import Event, Note, Stage, Tick
+from recast.events import Event, Measured, Note, Stage, Tick
 
 EVENTS: list[Event] = [
     Note("a [bold]note[/bold] from a file name"),
@@ -34,6 +34,15 @@ def test_a_log_gets_a_line_at_both_ends_of_a_stage(capsys: pytest.CaptureFixture
     assert "ETA 0 s, loss 0.4875" in lines[2]
     assert lines[3] == "write: 0/1 files"
     assert "loss" not in lines[4]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_figures_of_a_run_get_a_line(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screened = Console(file=screen, force_terminal=terminal, width=80, color_system=None)
+    monkeypatch.setattr(console, "ERR", screened)
+    console.follow([Stage("train", 9), Tick(4), Measured(4, {"drift": 0.012345, "psnr": 31.0})])
+    assert "step 4: drift 0.01235, psnr 31" in screen.getvalue()
 
 
 def test_a_log_gets_a_line_a_minute(

@@ -85,7 +85,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     """Refuse what a recipe's own check cannot see: solver, optimizer arguments, prompts, sizes."""
     import torch
 
-    from recast.convert.fixed import validates
+    from recast.convert.fixed import previews, validates
     from recast.convert.material import dream_plan, images_of
     from recast.dream import prompts_for
     from recast.evaluate.judges import judge_kind
@@ -111,7 +111,8 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
         raise Refused(f"data.size is {recipe.data.size}: give a multiple of 8, or 0.")
     if images_of(job) is None:
         dream_plan(job, checkpoint, recipe.target.objective)
-    if job.measure and recipe.evaluate.prompts:
+    asks = job.measure or validates(recipe) or previews(recipe)
+    if asks and recipe.evaluate.prompts:
         prompts_for(Path(recipe.evaluate.prompts), checkpoint)
 
 

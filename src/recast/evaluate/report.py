@@ -54,7 +54,7 @@ def load_report(folder: Path) -> Report:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         for group in ("shots", "null_shots"):
-            entries = values.get(group, [])
+            entries = dict(values).get(group, [])
             values[group] = [shot for entry in entries if (shot := _shot(Path(folder), entry))]
         return TypeAdapter(Report).validate_python(values)
     except OSError as error:
