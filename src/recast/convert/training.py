@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recast.convert.beside import Beside
+from recast.convert.course import Course
 from recast.convert.folder import Stopped
-from recast.convert.groups import groups
 from recast.convert.losses import loss_of
 from recast.convert.trunk import Trunk, shared
-from recast.convert.watch import Looked, Watch
-from recast.events import Event, Note, Stage, Tick
+from recast.events import Event, Stage, Tick
 from recast.objective import Net, Objective
-from recast.optim import averaged, build
 from recast.recipe import Recipe
 from recast.timesteps import piecewise
 from recast.train import (
     SCHEDULES,
     Draw,
-    Ema,
     Step,
     Target,
     append,
@@ -32,19 +28,14 @@ from recast.train import (
     from_data,
     from_teacher,
     guided,
-    latest,
-    load,
-    log_length,
     mix,
     open_log,
-    save,
     train,
     warmup,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
     from recast.adapter import Adapter, Attached
     from recast.convert.material import Material
@@ -69,55 +60,19 @@ def learn(
     Returns the trained adapter. Raises Diverged when steps stop being finite or the run collapses,
     Stopped on a signal.
     """
-    how = recipe.train
-    parameters, grouped = groups(attached, model.layout, recipe)
-    optimizer = build(how.optimizer, grouped, lr=how.lr, **how.optimizer_args)
-    beside = Beside.of(recipe, model.device)
-    trunk = shared(model.unet, attached, model.objective, objective)
-    ema = Ema(list(parameters.values()), how.ema) if how.ema else None
-    watch = Watch.open(recipe, model, objective, root)
-    done, skipped, length = 0, 0, 0
-    if found := latest(root / "state"):
-        for path in found.damaged:
-            yield Note(f"{path} is damaged and passed over; going on from step {found.step}.")
-        done, extra = load(
-            found.path, parameters=parameters, optimizer=optimizer, ema=ema,
-            identity={"run": identity},
-        )  # fmt: skip
-        skipped, length = extra["skipped"], extra["log"]
-        beside.restore(extra)
-        watch.restore(extra["watch"])
+    course = Course.begun(model, attached, recipe, objective, root, identity)
+    yield from course.resume()
+    watch = course.watch
     untrained = None if watch.readings else watch.look(0)
-    yield Stage("train", watch.end, "steps", done)
-    steps = train(
-        student(model, objective, trunk),
-        checked(material.draws(done, beside.aware), objective),
-        loss_of(
-            recipe,
-            target_of(recipe, model, attached, objective, material.null(), trunk),
-            objective,
-            beside.learned,
-        ),
-        optimizer,
-        accumulate=how.accumulate,
-        clip=how.clip or None,
-        schedule=schedule(recipe) if watch.pace is None else watch.factor,
-        ema=ema,
-        done=done,
-        skipped=skipped,
-        partner=beside.partner,
-    )
+    yield Stage("train", watch.end, "steps", course.done)
+    steps = steps_of(course, model, attached, material, objective)
     with ExitStack() as stack:
-        log = stack.enter_context(open_log(root / "log.jsonl", length))
-        board = stack.enter_context(Board(root / "tb", done))
+        log = stack.enter_context(open_log(root / "log.jsonl", course.length))
+        board = stack.enter_context(Board(root / "tb", course.done))
         if untrained is not None:
             board.write(0, untrained.scalars)
-        for step in steps if done < watch.end else ():
-            beside.update(step)
-            looked = Looked()
-            if watch.due(step.step):
-                with weights_shown(optimizer, ema):
-                    looked = watch.look(step.step)
+        for step in steps if course.done < watch.end else ():
+            looked = course.look(step)
             begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
             append(log, record(step) | begun | looked.record)
             board.add(step, looked.scalars)
@@ -125,26 +80,38 @@ def learn(
             yield from looked.events
             watch.check(step.step)
             signal = stopped()
-            # what a step that was skipped leaves may be lost already: older states stay
-            due = step.step % how.checkpoint_every == 0 and not step.skipped
-            if signal or due or step.step == watch.end:
-                save(
-                    root / "state", step=step.step, parameters=parameters, optimizer=optimizer,
-                    ema=ema, identity={"run": identity},
-                    extra={
-                        "skipped": step.skipped, "log": log_length(log), "watch": watch.saved(),
-                        **beside.state(),
-                    },
-                    keep=watch.keep(),
-                )  # fmt: skip
+            if signal or course.due(step):
+                course.save(step, log)
             if signal:
                 raise Stopped(
                     signal, f"stopped after step {step.step}; the same command goes on there."
                 )
             if step.step == watch.end:
                 break
-    with weights_shown(optimizer, ema):
+    with course.shown():
         return attached.trained()
+
+
+def steps_of(
+    course: Course, model: Model, attached: Attached, material: Material, objective: Objective
+) -> Iterator[Step]:
+    """The steps of a course, one after the other, from where it stands."""
+    recipe, how = course.recipe, course.recipe.train
+    trunk = shared(model.unet, attached, model.objective, objective)
+    target = target_of(recipe, model, attached, objective, material.null(), trunk)
+    return train(
+        student(model, objective, trunk),
+        checked(material.draws(course.done, course.beside.aware), objective),
+        loss_of(recipe, target, objective, course.beside.learned),
+        course.optimizer,
+        accumulate=how.accumulate,
+        clip=how.clip or None,
+        schedule=schedule(recipe) if course.watch.pace is None else course.watch.factor,
+        ema=course.ema,
+        done=course.done,
+        skipped=course.skipped,
+        partner=course.beside.partner,
+    )
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:
@@ -153,13 +120,6 @@ def precision(recipe: Recipe, device: str) -> torch.dtype:
     if name == "auto":
         return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     return PRECISION[name]
-
-
-@contextmanager
-def weights_shown(optimizer: Optimizer, ema: Ema | None) -> Iterator[None]:
-    """Inside, the weights are the result's: averages, if the optimizer or the recipe keeps them."""
-    with averaged(optimizer) if ema is None else ema.shown():
-        yield
 
 
 def student(
