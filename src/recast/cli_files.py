@@ -139,7 +139,7 @@ def split(
     ] = "lycoris-full",
     adapter_dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
     residual_dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; the original's otherwise.")
+        str | None, typer.Option(help="fp32, fp16 or bf16; the original's otherwise, fp16 for fp8.")
     ] = None,
     method: Annotated[
         str | None,
