@@ -8,6 +8,7 @@ from tests import tiny
 
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
+from recast.layout import detect, from_file, keymap
 from recast.layout.generate import generate
 from recast.layout.spectra import DRAWN, SPECTRA, draw
 
@@ -55,3 +56,18 @@ def test_a_tensor_depends_on_its_name_and_the_seed_alone(dtype: str, tmp_path: P
         assert all(bare.raw(key) == whole.raw(key) for key in bare)
         for key in whole:
             assert torch.isfinite(whole[key].float()).all()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_network_of_such_weights_neither_dies_nor_explodes(spectrum: str, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    generate(tmp_path / "a", tiny.plan("sd15"), dtype="F16", spectrum=spectrum)
+    with Checkpoint(tmp_path / "a") as file, torch.no_grad():
+        layout = detect(file)
+        unet = UNet2DConditionModel(**layout.unet)
+        unet.load_state_dict({k: v.float() for k, v in from_file(keymap(layout), file, "unet")})
+        made = torch.Generator().manual_seed(0)
+        context = torch.randn(1, 7, layout.unet["cross_attention_dim"], generator=made)
+        answer = unet(torch.randn(1, 4, 8, 8, generator=made), torch.tensor(500), context).sample
+    assert 0.05 < answer.square().mean().sqrt().item() < 20
