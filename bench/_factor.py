@@ -24,7 +24,7 @@ PROFILES = {"sdxl": (SDXL, "principal,te1,te2"), "sd15": (SD15, "principal,te1")
 SPECTRA = ("half", "steep", "flat")
 RANKS = (16, 64, 256)
 ROUNDS, QUICK = 5, 0.5  # rounds of the methods, and the seconds above which one round is enough
-SQUARE_MB = 450  # the largest square factor of a full SVD that is still computed
+SQUARE_MB = 120  # the largest square factor of a full SVD that is still computed
 Shape = tuple[int, ...]
 Factors = tuple[Tensor, Tensor]
 

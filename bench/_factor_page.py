@@ -35,6 +35,7 @@ def summed(figures: list[Figure], counts: Counter[Shape]) -> dict[str, dict[str,
             "lost_worst": max(f.lost for f in mine.values()),
             "peak_mb": max(f.peak_mb or 0.0 for f in mine.values()),
             "layers": layers,
+            "missing": sum(counts.values()) - sum(counts[s] for s in present),
             "skipped": sum(counts[s] for s in stand_in),
         }
     return sums
@@ -61,7 +62,9 @@ def page(result: dict[str, Any]) -> str:
 
 def _sums(name: str, sums: dict[str, dict[str, float]]) -> Iterator[str]:
     base, field = sums["thin SVD"]["seconds"], sums["svd_lowrank niter 4"]["seconds"]
-    yield from ("", f"## {name}: {int(sums['thin SVD']['layers'])} layers", "")
+    layers, missing = (int(sums["thin SVD"][key]) for key in ("layers", "missing"))
+    left_out = f" measured, {missing} not yet" if missing else ""
+    yield from ("", f"## {name}: {layers} layers{left_out}", "")
     yield (
         "| method | seconds | thin SVD / it | svd_lowrank / it | energy lost, mean | worst | "
         "peak MB |"
@@ -77,7 +80,12 @@ def _sums(name: str, sums: dict[str, dict[str, float]]) -> Iterator[str]:
 
 
 def _worst(figures: list[dict[str, Any]]) -> Iterator[str]:
-    yield from ("", "## Energy lost, the worst of all shapes", "")
+    ranked = {tuple(f["shape"]) for f in figures if f["spectrum"] == SPECTRA[-1]}
+    timed = {tuple(f["shape"]) for f in figures if f["peak_mb"] is not None}
+    yield from ("", f"## Energy lost, the worst of {len(ranked)} shapes", "")
+    if timed - ranked:
+        names = ", ".join("x".join(map(str, shape)) for shape in sorted(timed - ranked))
+        yield from (f"Only `half` at one rank was measured yet for {names}.", "")
     yield "| method | spectrum | " + " | ".join(f"rank {rank}" for rank in RANKS) + " |"
     yield "|---|---|" + "--:|" * len(RANKS)
     for method in ("exact", "fast"):

@@ -3,6 +3,7 @@
     make bench-split                     every shape; goes on where it was stopped
     python bench/split.py --quick        six small shapes
     python bench/split.py --device cuda  the same on a GPU
+    python bench/split.py --so-far       the tables of what a stopped run has measured
     python bench/split.py --file m.safetensors     only a whole file, with reading and writing
 
 Weights are seeded, as `scripts/make_checkpoint.py` writes them: half of the squared norm a power
@@ -62,7 +63,9 @@ def energies(shape: Shape, rank: int, device: torch.device) -> list[Figure]:
     return found
 
 
-def every(chosen: list[Shape], rank: int, device: torch.device, partial: Path) -> list[Figure]:
+def every(
+    chosen: list[Shape], rank: int, device: torch.device, partial: Path, so_far: bool
+) -> list[Figure]:
     """The figures of all shapes; what is measured of a shape is written down at once."""
     found: list[Figure] = []
     columns = (TextColumn("{task.description:<25}"), BarColumn(), MofNCompleteColumn())
@@ -72,6 +75,8 @@ def every(chosen: list[Shape], rank: int, device: torch.device, partial: Path) -
             name = f"{'x'.join(map(str, shape))}.{measure.__name__}"
             bar.update(task, description=name)
             file = partial / f"{name}.json"
+            if so_far and not file.exists():
+                continue
             if not file.exists():
                 figures = [asdict(figure) for figure in measure(shape, rank, device)]
                 partial.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="six small shapes")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--so-far", action="store_true", help="measure nothing, show what there is")
     parser.add_argument("--file", type=Path, help="split this checkpoint as a whole, nothing else")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,20 +180,20 @@ def main() -> None:
             **end_to_end(given.file, given.rank, given.device),
         }
     else:
-        result = shape_by_shape(given.quick, given.rank, given.device)
+        result = shape_by_shape(given.quick, given.rank, given.device, given.so_far)
     RESULTS.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(page(result), encoding="utf-8")
     print(page(result))
 
 
-def shape_by_shape(quick: bool, rank: int, device: str) -> dict:
+def shape_by_shape(quick: bool, rank: int, device: str, so_far: bool) -> dict:
     counts: dict[str, Counter[Shape]] = shapes()
     chosen = sorted({s for c in counts.values() for s in c}, key=lambda s: torch.Size(s).numel())
     if quick:
         chosen = [s for s in chosen if min(s[0], s[1]) >= 320][:6]
     partial = PARTIAL / version(rank, device)
-    figures = every(chosen, rank, torch.device(device), partial)
+    figures = every(chosen, rank, torch.device(device), partial, so_far)
     return {
         "machine": machine(device),
         "torch": torch.__version__,

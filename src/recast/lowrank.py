@@ -210,7 +210,7 @@ def _fast(wide: Tensor, rank: int, tally: Counter[str]) -> Tensor:
     return found
 
 
-CLOSE, CERTAIN = 3e-3, 4e-7  # shares of the energy that may be missing, as far as can be seen
+CLOSE, CERTAIN = 2.5e-3, 4e-7  # shares of the energy that may be missing, as far as can be seen
 BLOCKS = 4
 ORDINARY = 2.0**-12  # the fourth power of a peak between this and its inverse has room in fp32
 METHODS: dict[str, Callable[[Tensor, int, Counter[str]], Tensor]] = {"exact": _exact, "fast": _fast}
