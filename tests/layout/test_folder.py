@@ -1,6 +1,7 @@
 """Folders that diffusers itself writes, read as the single file they would be."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -316,3 +317,22 @@ def test_a_folder_is_closed_with_its_checkpoint(saved: dict[str, tuple[Path, Pat
         assert found.raw(key)
     with pytest.raises(Refused, match="cannot be read"):
         store.raw(key)
+
+
+ODD = [None, True, 0, -1, 10**30, 0.5, "x", [], [None], {}, {"a": 1}, [[1]], [2] * 4, 1 << 20, 100]
+
+
+def test_whatever_the_configurations_hold_is_read_or_refused(folder: Path) -> None:
+    chance, refused = random.Random(0), 0
+    for _ in range(120):
+        part = chance.choice(["unet", "vae", "text_encoder", ""])
+        path = folder / part / ("config.json" if part else "model_index.json")
+        before = path.read_text()
+        change(path, **{chance.choice(list(json.loads(before))): chance.choice(ODD)})
+        try:
+            with open_checkpoint(folder) as found:
+                detect(found)
+        except Refused:
+            refused += 1
+        path.write_text(before)
+    assert refused > 20

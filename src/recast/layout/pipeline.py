@@ -46,7 +46,8 @@ SILENT: Config = {
     "attention_head_dim": 8, "addition_time_embed_dim": None, "scaling_factor": 0.18215,
     "hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5,
 }  # fmt: skip
-WIDEST, MOST = 1 << 20, 128  # larger numbers are no network's
+WIDEST = 1 << 20  # larger numbers are no network's
+MOST = {"layers_per_block": 8, "transformer_layers_per_block": 32, "num_hidden_layers": 64}
 
 
 class Odd(ValueError):
@@ -173,7 +174,7 @@ def _unet(config: Config) -> UNetPlan:
 def _vae(config: Config) -> VAEPlan:
     return VAEPlan(
         widths=tuple(_numbers(config, "block_out_channels")),
-        layers=_number(config, "layers_per_block", 1, MOST),
+        layers=_number(config, "layers_per_block", 1),
         latent=_number(config, "latent_channels", 4),
     )
 
@@ -181,7 +182,7 @@ def _vae(config: Config) -> VAEPlan:
 def _text(config: Config, part: str) -> TextPlan:
     return TextPlan(
         _number(config, "hidden_size", 512),
-        _number(config, "num_hidden_layers", 12, MOST),
+        _number(config, "num_hidden_layers", 12),
         _number(config, "intermediate_size", 2048),
         _number(config, "vocab_size", 49408),
         _number(config, "max_position_embeddings", 77),
@@ -220,10 +221,9 @@ def _compare(config: Config, built: Config) -> None:
             raise Odd(f"has {str(found)[:60]} as {key}, and Recast builds {str(wanted)[:60]}")
 
 
-def _number(config: Mapping[str, Any], key: str, silent: int | None, most: int = WIDEST) -> int:
+def _number(config: Mapping[str, Any], key: str, silent: int | None) -> int:
     found = config.get(key, silent)
-    limit = MOST if "layers" in key else most
-    if type(found) is not int or not 0 < found <= limit:
+    if type(found) is not int or not 0 < found <= MOST.get(key, WIDEST):
         raise Odd(f"has {str(found)[:60]} as {key}")
     return found
 
