@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.convert import small
 
-from recast.adapter import Adapter, attach, entry_name
+from recast.adapter import Adapter, Attached, attach, entry_name
 from recast.adapter.decompose import decompose, zeros_full
-from recast.convert import training, trunk
+from recast.convert import Job, training, trunk
+from recast.convert.course import Course
 from recast.convert.groups import check
+from recast.convert.material import Material
 from recast.convert.noising import dealt, draw
 from recast.convert.training import learn, student, target_of
 from recast.errors import Refused
@@ -284,3 +287,29 @@ def test_every_key_reaches_the_loss(
             attached.detach()
     assert torch.isfinite(losses[0]).all()
     assert not torch.allclose(losses[0], losses[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+@pytest.mark.parametrize("null", ["empty", "zero"])
+def test_a_guided_teacher_leans_on_what_the_model_makes_of_no_prompt(
+    family: str, null: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = override(small.recipe(home, steps=1), guided=2.0, data={"null": null})
+    met: list[Material] = []
+
+    def steps_of(course: Course, model: Model, attached: Attached, material: Material, to: object):
+        met.append(material)
+        return kept(course, model, attached, material, to)
+
+    kept = training.steps_of
+    monkeypatch.setattr(training, "steps_of", steps_of)
+    file, images = home / f"{family}.safetensors", home / "images"
+    small.convert(Job(file, tmp_path / "out", how, images=images, measure=False))
+    wanted = open_model(file, objective="eps").condition([""])
+    found = met[0].null()
+    for name in ("context", "pooled"):
+        mine, theirs = getattr(found, name), getattr(wanted, name)
+        if theirs is None:
+            assert mine is None
+        else:
+            assert torch.allclose(mine, theirs if null == "empty" else 0 * theirs, atol=1e-5)
