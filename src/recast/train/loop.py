@@ -85,18 +85,9 @@ def train(
         )
 
         # gradients
-        shares, losses, weighted = [], [], []
-        for draw in micro:
-            with forward:
-                seen = criterion(net, draw)
-            evened = seen.weighted if draw.weight is None else seen.weighted * draw.weight
-            loss = evened.mean() / len(micro)
-            backward(loss)
-            shares.append(loss.detach())
-            losses.append(seen.distance.detach().float())
-            weighted.append(seen.weighted.detach().float())
+        shares, losses, weighted = _backward(net, micro, criterion, forward, backward)
         norm = _clip(parameters, clip)
-        total = torch.stack(shares).sum().item()
+        total = shares.sum().item()
 
         # update
         done += 1
@@ -115,8 +106,31 @@ def train(
                 f"the {skipped}. step in a row that is not finite; lower the learning rate"
             )
         times = torch.cat([draw.t.detach().float() for draw in micro]).cpu()
-        each_loss, each_weighted = torch.cat(losses).cpu(), torch.cat(weighted).cpu()
-        yield Step(done, total, each_loss, times, each_weighted, norm, lr, d, skipped)
+        yield Step(done, total, losses.cpu(), times, weighted.cpu(), norm, lr, d, skipped)
+
+
+def _backward(
+    net: Student,
+    micro: list[Draw],
+    criterion: Criterion,
+    forward: AbstractContextManager,
+    backward: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up the gradients of one step; returns each draw's share of its loss, distance, weighted.
+
+    A draw's own weight evens out its times and is no part of what is told of its samples.
+    """
+    shares, losses, weighted = [], [], []
+    for draw in micro:
+        with forward:
+            seen = criterion(net, draw)
+        evened = seen.weighted if draw.weight is None else seen.weighted * draw.weight
+        loss = evened.mean() / len(micro)
+        backward(loss)
+        shares.append(loss.detach())
+        losses.append(seen.distance.detach().float())
+        weighted.append(seen.weighted.detach().float())
+    return torch.stack(shares), torch.cat(losses), torch.cat(weighted)
 
 
 def set_rate(optimizer: Optimizer, factor: float, done: int = 0) -> None:
