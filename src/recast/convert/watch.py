@@ -18,6 +18,7 @@ from recast.evaluate.alarm import good, lost
 from recast.evaluate.validation import NAMES, Fixed, Reading, read, read_fixed
 from recast.events import Event, Measured, Note, Stage
 from recast.recipe import Recipe
+from recast.train import latest
 from recast.train.keep import forget, keep
 from recast.train.plateau import Pace
 
@@ -120,11 +121,11 @@ class Watch:
         if self.fixed is None or not self.recipe.watch.alarm or self.readings[-1].step != step:
             return
         if gone := lost(self.readings, self.fixed, last=step == self.end):
-            kept = good(self.readings, self.fixed)
-            forget(self.root / "state", kept)
+            forget(self.root / "state", good(self.readings, self.fixed))
+            found = latest(self.root / "state")
+            kept = f"the state of step {found.step} is kept" if found else "no state was good yet"
             raise Diverged(
-                f"collapse alarm at step {step}: {'; '.join(map(str, gone))}. "
-                f"What is kept below {self.root / 'state'} is from step {kept} or before; "
+                f"collapse alarm at step {step}: {'; '.join(map(str, gone))} ({kept}): "
                 "lower train.lr, or set watch.alarm to false, under another --out."
             )
 
