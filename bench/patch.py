@@ -88,8 +88,14 @@ TUNES = {
     "heavy": Tune(
         "everything trained, new shapes in pastel", both, {**WHOLE, "steps": 120, "lr": 5e-4}
     ),
+    "harder": Tune("the same with a higher rate", both, {**WHOLE, "steps": 120, "lr": 1.5e-3}),
     "heavier": Tune(
         "the same with a rate that does harm", both, {**WHOLE, "steps": 120, "lr": 3e-3}
+    ),
+    "stranger": Tune(
+        "the same with a rate that leaves little of the base",
+        both,
+        {**WHOLE, "steps": 120, "lr": 1e-2},
     ),
 }
 ARMS = ("patch", "patch+25", "patch+50", "nothing 25", "nothing 100")
@@ -303,6 +309,7 @@ def main() -> None:
     rows = json.loads(path.read_text())["tunes"] if path.exists() else {}
     for name, row in () if given.page else rows_of(given.names or list(TUNES)):
         rows[name] = row
+        rows = {key: rows[key] for key in TUNES if key in rows}
         about = {"torch": torch.__version__, "threads": 1, "device": "cpu"}
         path.write_text(json.dumps({"about": about, "tunes": rows}, indent=2) + "\n")
         (RESULTS / "patch.md").write_text(page(rows))
