@@ -181,6 +181,6 @@ def test_the_same_run_elsewhere_has_the_same_figures_and_pictures(
     assert again.pop("command") != report.pop("command")
     assert again == report
     pictures = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
-    assert len(pictures) == 1 + 3 * 3
+    assert len(pictures) == 1 + 3 * 3 + 4 * 2  # the sheet, three of each prompt, two without
     for name in pictures:
         assert (tmp_path / name).read_bytes() == (home / "run" / name).read_bytes(), name
