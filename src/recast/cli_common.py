@@ -61,6 +61,13 @@ def model_path(name: str) -> Path:
     return pocket.path(name) if name in pocket.NAMES else Path(name)
 
 
+def vae_path(name: str) -> Path:
+    """A VAE's path, or the file of the one that ships with Recast."""
+    from recast import pocket
+
+    return pocket.VAE if name == pocket.VAE.stem else Path(name)
+
+
 def device_of(name: str | None) -> str:
     """The device asked for, or the GPU where there is one.
 

@@ -24,6 +24,7 @@ from recast.cli_common import (
     Steps,
     device_of,
     model_path,
+    vae_path,
 )
 from recast.errors import Refused
 from recast.show import say, show, show_file
@@ -36,8 +37,23 @@ def convert(
     model: Model,
     out: Out,
     to: Annotated[
-        str, typer.Option(help="What it shall predict: flow, v-zsnr, v, eps, x0.")
+        str,
+        typer.Option(
+            help="What it shall predict: flow, v-zsnr, v, eps, x0; same: what it does already."
+        ),
     ] = "flow",
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Convert into this VAE's latent space: a file, a vae folder, a checkpoint; or "
+            "pocket-eq, which ships with Recast."
+        ),
+    ] = None,
+    vae_scale: Annotated[
+        float | None,
+        typer.Option(help="Latents are (z - shift) scale, where the VAE does not say so."),
+    ] = None,
+    vae_shift: Annotated[float | None, typer.Option(help="See --vae-scale; 0 otherwise.")] = None,
     via: Annotated[
         list[str] | None,
         typer.Option(help="An objective on the way, a run of its own; may be given again."),
@@ -72,9 +88,10 @@ def convert(
     """
     from recast.convert import Job, run
 
+    how = recipe_of(recipe, to, steps, seed, judges=judge, base=base)
     job = Job(
-        model_path(model), out, recipe_of(recipe, to, steps, seed, judges=judge, base=base),
-        images=images, source=source, device=device_of(device), skip_broken=skip_broken,
+        model_path(model), out, with_vae(how, vae, vae_scale, vae_shift), images=images,
+        source=source, device=device_of(device), skip_broken=skip_broken,
         force=force, via=tuple(via or ()), start=from_, far=far,
     )  # fmt: skip
     with console.stoppable() as stopped:
@@ -206,6 +223,24 @@ def demo(
         write_folder(folder, random.Random(0).sample(seen, images), seed=0, marked_share=1 / 3)
         (out / "images.complete").touch()
     convert("pocket-xl", out=out, to="flow", images=folder)
+
+
+def with_vae(
+    recipe: RecipeModel, vae: Path | None, scale: float | None, shift: float | None
+) -> RecipeModel:
+    """A recipe with the command line's VAE; refuses numbers without what they are about."""
+    from recast.recipe import override
+
+    if vae is None:
+        if not recipe.data.vae and (scale is not None or shift is not None):
+            raise Refused("--vae-scale and --vae-shift say something of a VAE: give --vae too.")
+    elif shift is not None and scale is None:
+        raise Refused("--vae-shift without --vae-scale: give both.")
+    elif scale is not None and scale <= 0:
+        raise Refused(f"--vae-scale {scale:g}: give a number above 0.")
+    named = None if vae is None else str(vae_path(str(vae)))
+    data = {"vae": named, "vae_scale": scale, "vae_shift": shift}
+    return override(recipe, data=data)
 
 
 def show_report(out: Path, as_json: bool) -> None:

@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 def opened(shapes: Shapes, dtype: str = "F16") -> SimpleNamespace:
     """Something with the header of a checkpoint."""
     specs = {key: Spec(dtype, shape, 0, 0) for key, shape in shapes.items()}
-    return SimpleNamespace(path=Path("model.safetensors"), specs=specs)
+    return SimpleNamespace(path=Path("model.safetensors"), specs=specs, metadata={})
 
 
 def found(shapes: Shapes) -> Layout:

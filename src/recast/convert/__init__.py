@@ -96,7 +96,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks, start
+    from recast.convert import checks, exchange, start
     from recast.convert.material import examples_of, images_of, skips_broken
 
     checks.check_out(job.out)
@@ -105,9 +105,10 @@ def prepare(
     checks.check_way(job, source, objective)
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
+    vae = exchange.check(checkpoint, job)
     images = images_of(job)
     found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
-    identity = identify(checkpoint, job, source, objective, found)
+    identity = {**identify(checkpoint, job, source, objective, found), **vae}
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
     checks.check_file(job, identity)
     if not resumes:
@@ -181,7 +182,7 @@ def train_stage(
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
     quantiser = quantiser_of(checkpoint, folder, job)
-    model = open_part(job, source, parts(job.recipe), quantiser)
+    model = open_part(checkpoint, job, source, parts(job.recipe), quantiser)
     if quantiser:
         yield from report_base(folder, model, job, next(material.draws(0)), target)
     start = yield from begin(checkpoint, folder, model, job, material, target)
@@ -197,16 +198,21 @@ def train_stage(
 
 
 def open_part(
-    job: Job, source: str, parts: tuple[str, ...], quantiser: Quantiser | None = None
+    checkpoint: Checkpoint,
+    job: Job,
+    source: str,
+    parts: tuple[str, ...],
+    quantiser: Quantiser | None = None,
 ) -> Model:
-    """The original's parts, in the precision of the recipe, on the job's device."""
+    """The original's parts, and the VAE of the recipe, in its precision, on the job's device."""
+    from recast.convert.exchange import with_vae
     from recast.convert.training import precision
     from recast.model import open_model
 
     dtype = precision(job.recipe, job.device)
     return open_model(
-        job.model, dtype=dtype, device=job.device, parts=parts, objective=source,
-        quantiser=quantiser,
+        with_vae(checkpoint, job.recipe), dtype=dtype, device=job.device, parts=parts,
+        objective=source, quantiser=quantiser,
     )  # fmt: skip
 
 
@@ -219,6 +225,7 @@ def file_stage(
     from recast.adapter import read_adapter, write_adapter
     from recast.adapter.patch import patch_from, portable
     from recast.adapter.rebuild import write_rebuilt
+    from recast.convert.exchange import with_vae
 
     trained = read_adapter(folder.path("adapter.safetensors"))
     initial = None
@@ -227,7 +234,7 @@ def file_stage(
     yield Stage("write", 2, "files")
     if not folder.has("patch.safetensors"):
         patch = patch_from(initial, trained)
-        if source != objective:
+        if source != objective and not job.recipe.data.vae:
             patch = portable(patch, checkpoint, source)
         about = {**folder.stamp(), "recast.objective": objective}
         write_adapter(
@@ -236,7 +243,8 @@ def file_stage(
     yield Tick(1)
     if not folder.has(MODEL):
         write_rebuilt(
-            checkpoint, initial, trained, folder.path(MODEL), objective=objective,
+            with_vae(checkpoint, job.recipe), initial, trained, folder.path(MODEL),
+            objective=objective,
             metadata={**folder.stamp(), "recast.recipe": dump_toml(in_header(job.recipe))},
             force=True,
         )  # fmt: skip

@@ -53,7 +53,7 @@ def objectives(checkpoint: Checkpoint, job: Job) -> tuple[str, str]:
     source = job.source or str(evidence.objective)
     wanted = job.recipe.target.objective
     objective = source if wanted == "same" else wanted
-    if job.measure and objective == source and wanted != "same":
+    if job.measure and objective == source and wanted != "same" and not job.recipe.data.vae:
         raise Refused(f"{checkpoint.path} predicts {source} already: there is nothing to convert.")
     return source, objective
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from recast import __version__
 from recast.checkpoint import Checkpoint
+from recast.convert.bridge import FAR, Bridge
+from recast.convert.bridge import read as read_bridge
 from recast.convert.folder import Folder
 from recast.errors import Refused
 from recast.evaluate.agreement import agreement
@@ -87,8 +89,6 @@ def compose(
             some = slice(len(group))
             found[name] = concepts(group, worlds[some], test.seen[some])
     judged = judge(found)
-    ceiling = agreement(pictures["original"], pictures["wrapper"]).mean
-    reached = agreement(pictures["original"], pictures["converted"]).mean
     right = (found["converted"].right, found["wrong"].right) if found else None
     return Report(
         model=job.model.name,
@@ -98,10 +98,7 @@ def compose(
         retention=judged.retention,
         leakage=judged.leakage,
         attributes=judged.attributes,
-        psnr_same_noise_db=measured(
-            ceiling, reached, count=len(test.prompts),
-            note="original: the untrained exact wrapper, the ceiling of this measure",
-        ),
+        psnr_same_noise_db=same_noise(pictures, read_bridge(folder)),
         drift=table,
         identity=identity(
             pictures["original"], pictures["converted"], pictures["wrong"], judged=right
@@ -118,6 +115,18 @@ def compose(
         files=listing(folder),
         notes=notes(job, folder),
     )  # fmt: skip
+
+
+def same_noise(pictures: dict[str, list[Tensor]], bridge: Bridge | None) -> Figure:
+    """Agreement from the same noise; in another latent space from the noise carried there."""
+    note = "original: the untrained exact wrapper, the ceiling of this measure"
+    if bridge is not None:
+        if not bridge.residual <= FAR:
+            return unmeasured("another latent space: the same noise is another picture")
+        note += ", and that of the same VAE; the noise was carried over by a rotation"
+    old = pictures["original"]
+    ceiling, reached = (agreement(old, pictures[name]).mean for name in ("wrapper", "converted"))
+    return measured(ceiling, reached, count=len(old), note=note)
 
 
 def judge(found: dict[str, Concepts]) -> Judged:
@@ -228,6 +237,8 @@ def notes(job: Job, folder: Folder) -> tuple[str, ...]:
 
     with Checkpoint(folder.path("adapter.safetensors")) as file:
         found = told(file.metadata)
+    if bridge := read_bridge(folder):
+        found += (f"Another VAE, {job.recipe.data.vae}. {bridge.in_words()}",)
     if facts := read_facts(folder):
         found += (in_words(facts),)
     if job.via:

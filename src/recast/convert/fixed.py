@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from recast.checkpoint import Checkpoint, write_dict
+from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder
 from recast.evaluate.bound import latents, noises, pictures
 from recast.evaluate.validation import fix, pack, unpack, write_fixed
-from recast.objective import Objective, express
+from recast.objective import Net, Objective, express
 from recast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -96,14 +97,30 @@ def known(dataset: Dataset, held: Sequence[Made]) -> Known | None:
 
 
 def prepare(
-    model: Model, folder: Folder, job: Job, objective: Objective, images: Known | None = None
+    model: Model,
+    student: Model,
+    folder: Folder,
+    job: Job,
+    objective: Objective,
+    bridge: Bridge | None,
+    images: Known | None = None,
 ) -> None:
-    """Write what the recipe wants watched, unless this run has it already."""
+    """Write what the recipe wants watched, unless this run has it already.
+
+    The student is the original itself, or has another VAE, which the bridge leads to.
+    """
+
+    def original(bound: Condition) -> Net:
+        net = model.net(bound)
+        carried = net if bridge is None else bridge.carried(net, model.objective)
+        return express(carried, model.objective, objective)
+
     if validates(job.recipe) and not folder.has(FIXED):
         x0, condition = images or self_made(model, folder, job)
+        if images is None and student is not model:
+            x0 = crossed(model, student, x0)
         fixed = fix(
-            lambda bound: express(model.net(bound), model.objective, objective),
-            model.objective, objective, x0.to(model.device), condition, model.decode,
+            original, model.objective, objective, x0.to(model.device), condition, student.decode,
             job.recipe.train.seed,
         )  # fmt: skip
         write_fixed(folder.path(FIXED), fixed, folder.stamp())

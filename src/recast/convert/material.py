@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from recast.checkpoint import Checkpoint
+from recast.convert import exchange
+from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
 from recast.convert.noising import dealt, draw, remarks
 from recast.convert.replay import ZERO, Replay
+from recast.convert.selfmade import Selfmade, finished
 from recast.data.buckets import Buckets, aspects, square
 from recast.dream import Plan, dream, prompts_for, read_shards
 from recast.events import Event, Note, Stage, Tick
@@ -43,6 +46,10 @@ class Material(Protocol):
     def null(self) -> Condition:
         """The condition without a prompt, one row."""
 
+    @property
+    def bridge(self) -> Bridge | None:
+        """The way from the original's latent space, where these are of another VAE."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -51,6 +58,7 @@ class Images:
     dataset: Dataset
     recipe: Recipe
     objective: Objective
+    bridge: Bridge | None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
         how, data = self.recipe.train, self.recipe.data
@@ -85,11 +93,12 @@ def gather(
 ) -> Generator[Event, None, Material]:
     """Make the material, or find it made; returns it."""
     if (images := images_of(job)) is not None:
-        return (yield from from_images(images, folder, job, source, objective, stopped))
+        return (yield from from_images(checkpoint, images, folder, job, source, objective, stopped))
     return (yield from from_dreams(checkpoint, folder, job, source, objective, stopped))
 
 
 def from_images(
+    checkpoint: Checkpoint,
     images: Path,
     folder: Folder,
     job: Job,
@@ -112,7 +121,8 @@ def from_images(
     model = open_model(job.model, device=job.device, objective=source)
     if job.recipe.data.size:
         model = replace(model, size=job.recipe.data.size)
-    store = Store(folder.path("cache"), model)
+    student = exchange.into(model, checkpoint, job.recipe)
+    store = Store(folder.path("cache"), student)
     store.text("")
     yield Stage("encode images", len(found.examples), "images")
     made = []
@@ -125,10 +135,12 @@ def from_images(
             raise Stopped(signal, "stopped while encoding images; the same command goes on there.")
     taught, held = fixed.hold_out(made, job.recipe)
     dataset = Dataset.of(store, taught)
-    fixed.prepare(model, folder, job, objective, fixed.known(dataset, held))
+    bridge = yield from exchange.bridge_of_images(model, student, dataset, folder, job.recipe)
+    fixed.prepare(model, student, folder, job, objective, bridge, fixed.known(dataset, held))
     # From here on every entry is read: the encoders can leave the device's memory.
-    slim = replace(model, parts={})
-    return Images(replace(dataset, store=replace(store, model=slim)), job.recipe, objective)
+    slim = replace(student, parts={})
+    dataset = replace(dataset, store=replace(store, model=slim))
+    return Images(dataset, job.recipe, objective, bridge)
 
 
 def buckets(side: int) -> Buckets:
@@ -143,8 +155,11 @@ def from_dreams(
     source: str,
     objective: Objective,
     stopped: Callable[[], int],
-) -> Generator[Event, None, Replay]:
-    """Let the original dream into the run's `pairs`; returns Replay."""
+) -> Generator[Event, None, Material]:
+    """Let the original dream into the run's `pairs`; returns Replay, or Selfmade for another VAE.
+
+    Replayed states are of the original's own latent space, so another VAE takes pictures instead.
+    """
     from recast.convert import fixed
     from recast.model import open_model
     from recast.text.encode import cat
@@ -157,9 +172,20 @@ def from_dreams(
     shards = tuple(read_shards(folder.path("pairs"), plan, checkpoint.sha256()))
     prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
     conditions = encoded(model, prompts, plan.size)
-    fixed.prepare(model, folder, job, objective)
+    student = exchange.into(model, checkpoint, job.recipe)
+    made, x0, bridge = finished(shards, plan), None, None
+    if student is not model:
+        x0 = crossed(model, student, made.x0.to(model.device)).cpu()
+        bridge = yield from exchange.bridge_of(made.x0, x0, folder, job.recipe)
+    fixed.prepare(model, student, folder, job, objective, bridge)
     conditions = cat([conditions[:-1], conditions[-1].zeros(), conditions[-1]])
     rows = {prompt: row for row, prompt in enumerate([*prompts[:-1], ZERO, ""])}
+    if x0 is not None:
+        row = torch.tensor([rows[prompt] for prompt in made.prompts])
+        return Selfmade(
+            x0, row, made.zeroed, conditions, job.recipe, objective, job.device, model.factor,
+            bridge,
+        )  # fmt: skip
     return Replay(shards, conditions, rows, job.recipe, objective, job.device, model.factor)
 
 

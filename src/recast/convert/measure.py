@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from recast.checkpoint import Checkpoint
-from recast.convert import nulls
+from recast.convert import bridge as bridges
+from recast.convert import exchange, nulls
 from recast.convert.compose import SHOWN, Test, compose, finished, hashes
 from recast.convert.folder import Folder
 from recast.convert.material import images_of, training_captions
@@ -30,7 +31,7 @@ from recast.evaluate.values import Drift
 from recast.events import Event, Note, Stage, Tick
 from recast.model.folder import FOLDER, write_config_folder
 from recast.objective import OBJECTIVES, Net, Objective, express
-from recast.sample.images import Picture, sample_images
+from recast.sample.images import Painter, Picture, sample_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,7 @@ def measure(
     made: dict[str, list[Picture]] = {"original": [], "wrapper": [], "converted": [], "wrong": []}
     ticks = 0
     model = open_model(job.model, device=job.device, objective=source)
+    bridge = bridges.read(folder)
     table = measure_drift(model, folder, job, test, old, new)
     for name, as_objective in (("original", None), ("wrapper", new)):
         for picture in paint(model, job, test, as_objective):
@@ -73,7 +75,7 @@ def measure(
         ("converted", written, test),
         ("wrong", replace(written, objective=old), few),
     ):
-        for picture in paint(model, job, asked, None):
+        for picture in paint(bridges.painter(model, bridge), job, asked, None):
             made[name].append(picture)
             yield Tick(ticks := ticks + 1)
     howto = how_to_load(
@@ -99,7 +101,9 @@ def config_folder(model: Model, folder: Folder) -> str | None:
     return Path(relpath(place, folder.path("model.safetensors").parent)).as_posix()
 
 
-def paint(model: Model, job: Job, test: Test, as_objective: Objective | None) -> Iterator[Picture]:
+def paint(
+    model: Painter, job: Job, test: Test, as_objective: Objective | None
+) -> Iterator[Picture]:
     """The test's pictures, with the sampler that fits."""
     how = job.recipe.evaluate
     yield from sample_images(
@@ -175,16 +179,19 @@ def measure_drift(
     prompts, seeds = test.prompts[: how.batch], test.seeds[: how.batch]
     condition = model.condition(prompts)
     latents = self_made(model, prompts, seeds, how.steps)
+    bridge, student = bridges.read(folder), exchange.into(model, model.checkpoint, job.recipe)
+    if bridge is not None:
+        latents = bridges.crossed(model, student, latents)
     attached = attach({"unet": model.unet}, trained, sites)
 
     def original(bound: Condition) -> Net:
-        net = express(model.net(bound), old, new)
+        net = model.net(bound)
 
         def answer(x: Tensor, t: Tensor) -> Tensor:
             with attached.teacher():
                 return net(x, t)
 
-        return answer
+        return express(bridge.carried(answer, old) if bridge else answer, old, new)
 
     try:
         return drift(

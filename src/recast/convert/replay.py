@@ -37,6 +37,7 @@ class Replay:
     objective: Objective
     device: str
     factor: int
+    bridge: None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
         how, aims = self.recipe.train, aimed(self.recipe)

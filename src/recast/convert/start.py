@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from recast.convert import Job
+    from recast.convert.bridge import Bridge
     from recast.convert.material import Material
     from recast.layout import Site
     from recast.model import Model
@@ -96,7 +97,8 @@ def begin(
     sites = model.layout.sites(how.places)
     if how.rank:
         return Start(principal(checkpoint, folder, sites, how.rank), sites)
-    if job.start is None and how.warm == "none":
+    bridge = material.bridge
+    if job.start is None and how.warm == "none" and bridge is None:
         return Start(zeros_full(checkpoint, sites), sites)
     if not folder.has(FILE):
         zeros = zeros_full(checkpoint, sites)
@@ -163,6 +165,8 @@ def warmed(
     """Zero changes with what the recipe's warm starts fit in closed form."""
     kinds = job.recipe.train.warm.split(",")
     entries, residuals = dict(zeros.entries), {}
+    if material.bridge is not None:
+        entries |= over(checkpoint, model, material.bridge)
     if "clock" in kinds:
         found, residuals["clock"] = clock(checkpoint, model, objective)
         entries |= found
@@ -172,6 +176,19 @@ def warmed(
         entries |= found
     about = {**zeros.metadata, WARM: json.dumps(residuals)}
     return as_change(entries, replace(zeros, metadata=about))
+
+
+def over(checkpoint: Checkpoint, model: Model, bridge: Bridge) -> dict[str, LowRank | Full]:
+    """Changes of the first and the last convolution for samples of another latent space."""
+    from recast.convert.bridge import folded_in, folded_out
+
+    first, last = (model.unet.get_submodule(name) for name in ("conv_in", "conv_out"))
+    new = {
+        "conv_in.weight": folded_in(bridge, first.weight.detach()),  # type: ignore[arg-type]
+        "conv_out.weight": folded_out(bridge, last.weight.detach()),  # type: ignore[arg-type]
+        "conv_out.bias": folded_out(bridge, last.bias.detach()),  # type: ignore[arg-type]
+    }
+    return _changes(checkpoint, model, new)
 
 
 Fitted = tuple[dict[str, LowRank | Full], dict[str, float]]
@@ -210,7 +227,7 @@ def output(
     assert isinstance(conv, torch.nn.Conv2d)
     attached = attach({"unet": model.unet}, start, model.layout.sites("every"))
     target, answer = (
-        target_of(job.recipe, model, attached, objective, material.null()),
+        target_of(job.recipe, model, attached, objective, material.null(), bridge=material.bridge),
         student(model, objective),
     )
     met: list[torch.Tensor] = []

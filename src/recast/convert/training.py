@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recast.adapter import Adapter, Attached
+    from recast.convert.bridge import Bridge
     from recast.convert.material import Material
     from recast.model import Model
     from recast.text.encode import Condition
@@ -98,7 +99,7 @@ def steps_of(
     """The steps of a course, one after the other, from where it stands."""
     recipe, how = course.recipe, course.recipe.train
     trunk = shared(model.unet, attached, model.objective, objective)
-    target = target_of(recipe, model, attached, objective, material.null(), trunk)
+    target = target_of(recipe, model, attached, objective, material.null(), trunk, material.bridge)
     return train(
         student(model, objective, trunk),
         checked(material.draws(course.done, course.beside.aware), objective),
@@ -141,10 +142,12 @@ def target_of(
     objective: Objective,
     null: Condition,
     trunk: Trunk | None = None,
+    bridge: Bridge | None = None,
 ) -> Target:
     """The recipe's target: the data, the original in the same network, or a mix of the two.
 
-    `null` is the condition without a prompt, one row; guidance of the original leans on it.
+    The original answers in its own latent space, and over the bridge in another. `null` is the
+    condition without a prompt, one row; guidance of the original leans on it.
     """
     how = recipe.target
 
@@ -155,7 +158,7 @@ def target_of(
             with attached.teacher(), trunk.recorded(x, condition) if trunk else nullcontext():
                 return net(x, t)
 
-        return answer
+        return answer if bridge is None else bridge.carried(answer, model.objective)
 
     def unprompted(condition: Condition) -> Condition:
         rows = null.to(model.device).expand(len(condition))

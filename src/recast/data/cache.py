@@ -106,15 +106,18 @@ class Store:
 
     def encode(self, example: Example, planned: Fit) -> Tensor:
         """Decode, crop and encode one picture; refuses by name what the VAE makes no numbers of."""
-        picture = load(example.path, background=self.background)
-        if picture.size != planned.original:
-            planned = fit(picture.size, planned.target)
-        pixels = to_tensor(apply(picture, planned)).unsqueeze(0)
         with torch.no_grad():
-            latent = self.model.encode(pixels)[0].to(self.dtype)
+            latent = self.model.encode(self.pixels(example, planned))[0].to(self.dtype)
         if not latent.isfinite().all():
             raise Refused(f"{example.path}: the VAE makes NaN of it; use another VAE or precision.")
         return latent
+
+    def pixels(self, example: Example, planned: Fit) -> Tensor:
+        """Decode and crop one picture, (1, 3, H, W) in [-1, 1]."""
+        picture = load(example.path, background=self.background)
+        if picture.size != planned.original:
+            planned = fit(picture.size, planned.target)
+        return to_tensor(apply(picture, planned)).unsqueeze(0)
 
     def text(self, caption: str) -> tuple[Tensors, Outcome]:
         """Return a caption's context (N, D) and, where the family has one, pooled output (P,)."""

@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 from recast.checkpoint import FLOATS, Spec
 from recast.errors import Refused
 from recast.layout.blueprint import Plan, TextPlan, UNetPlan, VAEPlan, blueprint
-from recast.layout.configs import SCALING, text_config, unet_config, vae_config
+from recast.layout.configs import text_config, unet_config, vae_config
+from recast.layout.latents import configured, stated
 from recast.layout.layout import Layout
 from recast.layout.names import PART_NAMES, TEXTS, UNET, VAE, is_adapter, is_extra
 from recast.markers import MARKERS
@@ -48,6 +49,8 @@ class Opened(Protocol):
     def path(self) -> Path: ...
     @property
     def specs(self) -> Mapping[str, Spec]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
 
 def detect(checkpoint: Opened) -> Layout:
@@ -65,12 +68,14 @@ def detect(checkpoint: Opened) -> Layout:
     _refuse_integers(checkpoint, expected)
     known = {*expected, *MARKERS}
     try:
-        return _layout(plan, tuple(key for key in shapes if key not in known))
+        scaling, shift = stated(checkpoint.metadata, plan.family)
+        extras = tuple(key for key in shapes if key not in known)
+        return _layout(plan, extras, scaling, shift)
     except Refused as error:
         raise Refused(f"{checkpoint.path}: {error}") from error
 
 
-def _layout(plan: Plan, extras: tuple[str, ...]) -> Layout:
+def _layout(plan: Plan, extras: tuple[str, ...], scaling: float, shift: float) -> Layout:
     found = {"te1": plan.te1, "te2": plan.te2}
     texts = {part: text for part, text in found.items() if text is not None}
     parts = {"vae": plan.vae, **found}
@@ -78,10 +83,11 @@ def _layout(plan: Plan, extras: tuple[str, ...]) -> Layout:
         family=plan.family,
         plan=plan,
         unet=unet_config(plan),
-        vae=None if plan.vae is None else vae_config(plan.vae, plan.family),
+        vae=plan.vae and configured(vae_config(plan.vae, plan.family), scaling, shift),
         texts=tuple(text_config(text, part) for part, text in texts.items()),
         text_parts=tuple(texts),
-        scaling=SCALING[plan.family],
+        scaling=scaling,
+        shift=shift,
         missing=tuple(part for part in ("vae", *TEXTS[plan.family]) if parts[part] is None),
         extras=extras,
     )
@@ -125,7 +131,7 @@ def _read_plan(path: Path, shapes: Shapes) -> Plan:
     return Plan(
         family,
         unet,
-        _read_part(path, shapes, "vae", VAE, _read_vae),
+        _read_part(path, shapes, "vae", VAE, read_vae),
         _read_part(path, shapes, "te1", texts["te1"], _read_clip),
         _read_part(path, shapes, "te2", texts["te2"], _read_open_clip) if "te2" in texts else None,
     )
@@ -174,7 +180,8 @@ def _read_unet(shapes: Shapes) -> UNetPlan:
     )
 
 
-def _read_vae(inside: Shapes) -> VAEPlan:
+def read_vae(inside: Shapes) -> VAEPlan:
+    """The plan of a VAE in ldm's names."""
     levels = _count(inside, "encoder.down.")
     deep = range(levels)
     return VAEPlan(

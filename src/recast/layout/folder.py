@@ -21,6 +21,7 @@ from pathlib import Path
 from recast.checkpoint import DTYPES, Checkpoint, Spec
 from recast.errors import RecastError, Refused
 from recast.header import place
+from recast.layout import latents
 from recast.layout.blueprint import Shape, blueprint
 from recast.layout.configs import SAMPLE
 from recast.layout.keymap import Entry, trace
@@ -103,6 +104,9 @@ class Folder:
 
     def _metadata(self, size: int) -> dict[str, str]:
         said = {} if self.objective is None else {SCHEDULER: self.objective}
+        if self.plan.vae is not None:
+            config = read_json(self.path / SUBFOLDERS["vae"] / "config.json")
+            said |= latents.entries(*latents.of_config(config), self.plan.family)
         if self._own is not None:
             own = {k: v for k, v in self._own.metadata.items() if k not in (FOLDER_HASH, FILE_HASH)}
             return own | said

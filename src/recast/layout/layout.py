@@ -15,7 +15,8 @@ class Layout:
 
     unet, vae, texts: arguments of UNet2DConditionModel, AutoencoderKL, CLIPTextConfig. texts are
     those of `text_parts`, "te1" and "te2" where present; `missing` names the absent parts.
-    scaling: latents = encoder output * scaling. extras: tensors that no network reads, carried.
+    scaling, shift: latents = (encoder output - shift) * scaling. extras: tensors that no network
+    reads, carried.
     """
 
     family: str
@@ -25,6 +26,7 @@ class Layout:
     texts: tuple[dict[str, Any], ...]
     text_parts: tuple[str, ...]
     scaling: float
+    shift: float
     missing: tuple[str, ...]
     extras: tuple[str, ...]
 

@@ -14,6 +14,7 @@ from typing import Any
 from recast.errors import Refused
 from recast.layout.blueprint import Plan, TextPlan, UNetPlan, VAEPlan
 from recast.layout.configs import SAMPLE, Config, text_config, unet_config, vae_config
+from recast.layout.latents import of_config
 from recast.layout.weights import read_json
 
 INDEX = "model_index.json"
@@ -38,12 +39,12 @@ UNET: Config = {
 }  # fmt: skip
 VAE: Config = {
     "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
-    "norm_num_groups": 32, "shift_factor": None, "use_post_quant_conv": True,
+    "norm_num_groups": 32, "use_post_quant_conv": True,
     "use_quant_conv": True,
 }  # fmt: skip
 # what diffusers and transformers take where a configuration is silent
 SILENT: Config = {
-    "attention_head_dim": 8, "addition_time_embed_dim": None, "scaling_factor": 0.18215,
+    "attention_head_dim": 8, "addition_time_embed_dim": None,
     "hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5,
 }  # fmt: skip
 WIDEST = 1 << 20  # larger numbers are no network's
@@ -86,7 +87,7 @@ def read_plan(folder: Path, index: Mapping[str, Any]) -> tuple[Plan, int]:
             raise Odd("describes a Stable Diffusion 2 UNet, which Recast does not convert")
         made: dict[str, Any] = {}
         for part in [name for name in configs if name not in ("unet",)]:
-            made[part] = _vae(configs[part]) if part == "vae" else _text(configs[part], part)
+            made[part] = vae_plan(configs[part]) if part == "vae" else _text(configs[part], part)
         te2 = made.get("te2") if family == "sdxl" else None
         plan = Plan(family, unet, made.get("vae"), made.get("te1"), te2)
         for part in configs:
@@ -171,7 +172,12 @@ def _unet(config: Config) -> UNetPlan:
     )
 
 
-def _vae(config: Config) -> VAEPlan:
+def vae_plan(config: Config) -> VAEPlan:
+    """The plan of a VAE's configuration; raises Odd for one of another kind."""
+    try:
+        of_config(config)
+    except ValueError as error:
+        raise Odd(str(error)) from error
     return VAEPlan(
         widths=tuple(_numbers(config, "block_out_channels")),
         layers=_number(config, "layers_per_block", 1),
@@ -199,7 +205,7 @@ def _built(plan: Plan, part: str) -> Config:
     if part == "vae":
         assert plan.vae is not None
         made = vae_config(plan.vae, plan.family)
-        blocks = ("down_block_types", "up_block_types", "scaling_factor")
+        blocks = ("down_block_types", "up_block_types")
         return VAE | {key: made[key] for key in blocks}
     text = plan.te1 if part == "te1" else plan.te2
     assert text is not None

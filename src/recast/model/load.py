@@ -70,6 +70,7 @@ def open_model(
         dtype,
         device,
         layout.scaling,
+        layout.shift,
     )
 
 

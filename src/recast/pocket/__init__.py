@@ -6,6 +6,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("pocket-xl", "pocket-15")
+VAE = DATA / "pocket-eq.safetensors"  # another latent space for them: docs/pocket.md
 
 
 def path(name: str) -> Path:

@@ -76,16 +76,16 @@ def _distance(y: Tensor, x: Tensor, weight: Tensor, critic: Judge, run: VaeRun) 
     return pixels + run.critic * sum(F.mse_loss(a, b) for a, b in zip(shown, wanted, strict=True))
 
 
-def _moments(net: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def moments(net: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Return the posterior's mean and log variance, (B, 4, 8, 8) each."""
     return net.quant_conv(net.encoder(pictures)).chunk(2, dim=1)
 
 
-def _decode(net: AutoencoderKL, z: Tensor) -> Tensor:
+def decoded(net: AutoencoderKL, z: Tensor) -> Tensor:
     return net.decoder(net.post_quant_conv(z))
 
 
-def _descend(
+def descend(
     loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
 ) -> float:
     """Take one clipped step; returns the loss."""
@@ -116,12 +116,12 @@ def fit(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[float]:
     for _ in range(run.steps):
         x, weight = examples(run.batch, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.half):
-            mean, logvar = _moments(net, x)
+            mean, logvar = moments(net, x)
             mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
             z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-            y = _decode(net, z).float()
+            y = decoded(net, z).float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        yield _descend(_distance(y, x, weight, critic, run) + run.kl * kl, optimizer, schedule)
+        yield descend(_distance(y, x, weight, critic, run) + run.kl * kl, optimizer, schedule)
 
 
 def fit_decoder(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[float]:
@@ -135,17 +135,17 @@ def fit_decoder(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[floa
         x, weight = examples(run.batch, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.half):
             with torch.no_grad():
-                mean = _moments(net, x)[0].float()
+                mean = moments(net, x)[0].float()
             z = mean + run.noise * spread * torch.randn(mean.shape, generator=generator)
-            y = _decode(net, z).float()
-        yield _descend(_distance(y, x, weight, critic, run), optimizer, schedule)
+            y = decoded(net, z).float()
+        yield descend(_distance(y, x, weight, critic, run), optimizer, schedule)
 
 
 @torch.no_grad()
 def latent_moments(net: AutoencoderKL, seed: int, count: int = 512) -> tuple[Tensor, Tensor]:
     """Return each latent channel's mean and deviation over drawn pictures, (4, 1, 1) each."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.cat([_moments(net, examples(64, generator)[0])[0] for _ in range(count // 64)])
+    z = torch.cat([moments(net, examples(64, generator)[0])[0] for _ in range(count // 64)])
     return z.mean((0, 2, 3))[:, None, None], z.std((0, 2, 3))[:, None, None]
 
 
@@ -192,13 +192,13 @@ def fold(net: AutoencoderKL, mean: Tensor, matrix: Tensor, scale: float) -> None
 @torch.no_grad()
 def encode(net: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Return posterior means, (B, 4, 8, 8), unscaled."""
-    return torch.cat([_moments(net, part)[0] for part in pictures.split(32)])
+    return torch.cat([moments(net, part)[0] for part in pictures.split(32)])
 
 
 @torch.no_grad()
 def decode(net: AutoencoderKL, z: Tensor) -> Tensor:
     """Return pictures (B, 3, 64, 64) of unscaled latents."""
-    return torch.cat([_decode(net, part) for part in z.split(32)]).clamp(-1, 1)
+    return torch.cat([decoded(net, part) for part in z.split(32)]).clamp(-1, 1)
 
 
 def ceiling(

@@ -149,9 +149,16 @@ class Noise(_Section):
 
 
 class Data(_Section):
-    """The user's images, or those the original makes: `pictures` of `replay_steps` each."""
+    """The user's images, or those the original makes: `pictures` of `replay_steps` each.
+
+    `vae`: another latent space to convert into; `vae_scale` 0 takes what it says of itself.
+    """
 
     images: Line
+    vae: Line
+    vae_scale: Amount
+    vae_shift: float
+    vae_fold: bool
     size: Whole
     caption_dropout: Share
     null: Literal["empty", "zero", "both"]
