@@ -11,13 +11,22 @@ Memory for one training step, in bytes:
                                    12 C of the gated layer, 3 of its surroundings)
                  (within a tenth of what autograd really keeps; attention keeps no matrix)
 
+Where only the read-out is trained (a conversion), in full rank:
+
+    trunk        the read-out's own weights are never quantised; a layer is made dense in its dtype
+    adapter      16 an entry: master, gradient, Adam's two moments; the summed weight in the
+                 trunk's dtype besides
+    activations  of the last level's cells 3 (C_in + C) and the transformer's as above, and 3 C of
+                 the output layers; of the trunk nothing
+    working      what the way back holds at once: three times the widest input of a cell
+
 It is an estimate for planning: allocators round up, and no checkpointing of activations is assumed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from recast.adapter.decompose import matrices
@@ -33,6 +42,7 @@ from recast.lowrank import spectrum
 from recast.quantise import BASES, BITS, in_block
 
 ADAPTER_BYTES = 20
+READOUT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,11 @@ class Memory:
     trunk: int
     adapter: int
     activations: int
+    working: int = 0
 
     @property
     def total(self) -> int:
-        return self.trunk + self.adapter + self.activations
+        return self.trunk + self.adapter + self.activations + self.working
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,11 @@ def forecast(
     return Forecast(rows, total, size, memory, (pixels, batch))
 
 
-def trunk(layout: Layout, base: str, trunk_bytes: int) -> int:
-    """Bytes of the UNet's frozen weights on a base, with the dense weight that one layer needs."""
+def trunk(layout: Layout, base: str, trunk_bytes: int, whole: Container[str] = ()) -> int:
+    """Bytes of the UNet's frozen weights on a base, with the dense weight that one layer needs.
+
+    whole: the modules that are trained in full rank and so never quantised; none where factors are.
+    """
     every = layout.sites("unet")
     numbers = sum(math.prod(site.shape) for site in every)
     if base == "full":
@@ -123,11 +137,46 @@ def trunk(layout: Layout, base: str, trunk_bytes: int) -> int:
     inside = [
         math.prod(site.shape)
         for site in every
-        if site.param == "weight" and site.kind in MATRICES and in_block(site.module)
+        if site.param == "weight"
+        and site.kind in MATRICES
+        and in_block(site.module)
+        and site.module not in whole
     ]
     packed = sum(inside) * BITS[base] / 8
-    dense = max(inside) * (4 + trunk_bytes)  # the sum of residual and factors is fp32
+    # the sum of a residual and its factors is fp32
+    dense = max(inside) * (trunk_bytes if whole else 4 + trunk_bytes)
     return round((numbers - sum(inside)) * trunk_bytes + packed + dense)
+
+
+def readout(
+    layout: Layout, base: str, side: int, *, batch: int = 1, trunk_bytes: int = 2
+) -> Memory:
+    """Memory of one step of a conversion by the read-out, of pictures of `side` pixels.
+
+    Only the UNet is there: text encoders and VAE are let go of once the caches are written.
+    """
+    plan = layout.plan.unet
+    trained = layout.sites("readout")
+    entries = sum(math.prod(site.shape) for site in trained)
+    pixels = batch * math.ceil(side / 8) ** 2
+    wide = plan.widths[0]
+    cells = readout_cells(plan)
+    inside = sum(_cell(narrow, wide, plan.depths[0]) - wide for narrow in cells)
+    kept = pixels * (inside + 3 * wide)
+    working = pixels * 3 * max(cells)
+    return Memory(
+        trunk(layout, base, trunk_bytes, {site.module for site in trained}),
+        entries * (READOUT_BYTES + trunk_bytes),
+        kept * trunk_bytes,
+        working * trunk_bytes,
+    )
+
+
+def readout_cells(plan: UNetPlan) -> list[int]:
+    """Channels that enter each residual cell of the last up block, with the skip's."""
+    below = plan.widths[1] if len(plan.widths) > 1 else plan.widths[0]
+    first = plan.widths[0]
+    return [below + first] + [2 * first] * plan.layers
 
 
 def activations(plan: UNetPlan, height: int, width: int) -> int:

@@ -58,22 +58,27 @@ def _extras(plan: Plan, dtype: str) -> Specs:
     return specs
 
 
+def values(key: str, shape: tuple[int, ...], *, seed: int = 0, spectrum: str = "noise") -> Tensor:
+    """The generated tensor of this name, in fp32."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+    law = "noise" if _is_embedding(key) else spectrum
+    found = draw(shape, law, generator).mul_(_scale(key, shape))
+    return found.add_(1.0) if _is_gain(key, shape) else found
+
+
 def _tensors(specs: Specs, seed: int, spectrum: str) -> Iterator[tuple[str, Tensor]]:
     import torch
 
-    generator = torch.Generator()
     for key, (dtype, shape) in specs.items():
         if dtype == "I64":
             yield key, torch.arange(math.prod(shape)).reshape(shape)
-            continue
-        digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
-        generator.manual_seed(int.from_bytes(digest[:6], "big"))
-        law = "noise" if _is_embedding(key) else spectrum
-        values = draw(shape, law, generator).mul_(_scale(key, shape))
-        if _is_gain(key, shape):
-            values += 1.0
-        yield key, values.to(getattr(torch, DTYPES[dtype][1]))
-        del values  # before the next is made
+        else:
+            found = values(key, shape, seed=seed, spectrum=spectrum)
+            yield key, found.to(getattr(torch, DTYPES[dtype][1]))
+            del found  # before the next is made
 
 
 def _scale(key: str, shape: tuple[int, ...]) -> float:
