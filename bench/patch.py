@@ -19,7 +19,6 @@ import json
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,11 +187,8 @@ def run_arm(name: str, model: Path, patch: Path, arm: str) -> Row:
     """Convert a fine-tune one way, or find it converted; how near its pictures are."""
     folder = RUNS / name / arm.replace(" ", "-")
     share_pairs(RUNS / name, folder, arm)
-    began = time.process_time()
     follow(arm_job(model, patch, folder, arm))
-    seconds = round(time.process_time() - began, 1)
-    found = agreement_of(painted(name, "own", model), painted(name, arm, folder / MODEL))
-    return {**found, "cpu_seconds": seconds}
+    return agreement_of(painted(name, "own", model), painted(name, arm, folder / MODEL))
 
 
 def painted(name: str, kind: str, model: Path, objective: str | None = None) -> list[Tensor]:
