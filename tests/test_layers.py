@@ -12,6 +12,7 @@ LAYERS = {
     "commit": 0.15,
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
     **dict.fromkeys(["markers", "quantise", "timesteps", "weighting"], 0.3),
+    "grammar": 1,
     "layout": 2,
     **dict.fromkeys(["text", "adapter_facts"], 2.5),
     **dict.fromkeys(["model", "adapter"], 3),
