@@ -4,7 +4,7 @@
     python bench/patch.py style heavy
     python bench/patch.py --page
 
-Each fine-tune is made by `recast train` or `recast merge` and converted from eps to flow four ways:
+Each fine-tune is made by `recast train` or `recast merge` and converted from eps to flow five ways:
 the patch alone, the patch and 25 or 50 steps of polish (recipe polish), 25 or 100 steps from
 nothing (recipe default). All train on what the fine-tune itself dreams (64 pictures), 16 samples a
 step. Figures: PSNR of 16 pictures against the fine-tune's own from the same noise (25 steps,
