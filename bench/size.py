@@ -138,7 +138,7 @@ def run_row(base: str, side: int, device: str) -> Row:
     model, attached = opened(base, device)
     kept, live = Kept(model.unet), Live()
     seconds, entered = [], []
-    door = model.unet.get_submodule("up_blocks")[-1]  # type: ignore[index]
+    door = model.unet.get_submodule("up_blocks")[-1]
     door.register_forward_pre_hook(lambda *_: entered.append(kept.bytes))
     draws = chain([a_draw(model, SMALL)], repeat(a_draw(model, side)))
     steps = steps_of(model, attached, draws)
@@ -175,7 +175,7 @@ def steps_of(model: Model, attached: Attached, draws: Iterable[Draw]) -> Iterato
     from recast.train import train
 
     how = load()
-    target = target_of(how, model, attached, FLOW, null=None)  # type: ignore[arg-type]
+    target = target_of(how, model, attached, FLOW, null=None)
     optimizer = build(how.train.optimizer, attached.parameters(), lr=how.train.lr)
     return train(student(model, FLOW), draws, loss_of(how, target, FLOW), optimizer)
 
