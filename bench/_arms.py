@@ -26,6 +26,7 @@ class Arm:
     images: str = "user"
     seeds: int = 1
     against: str = ""
+    vae: bool = False  # into the latent space of pocket-eq
 
 
 REFERENCE = "flow-dadaptlion"
@@ -147,4 +148,39 @@ def direction_arms() -> dict[str, Arm]:
     return dict(sorted(found.items()))
 
 
-ARMS = {**main_arms(), **tuned_arms(), **readout_arms(), **direction_arms()}
+def vae_arms() -> dict[str, Arm]:
+    """Into the latent space of pocket-eq: with eps -> flow in one run, and alone."""
+    first = {"profile": FIRST}
+    wide = {**EVERYTHING, "lr": 5e-4}
+    both = {
+        "start": ("nothing trained but the rotation", {"steps": 1, "lr": 1e-9}),
+        "readout": ("read-out, teacher over the bridge", {}),
+        "teacher": ("first block and read-out, teacher over the bridge", first),
+        "mix": ("first block and read-out, half data", {**first, "teacher": "mix"}),
+        "data": ("first block and read-out, data", {**first, "teacher": "data"}),
+        "everything-teacher": ("everything, teacher over the bridge", wide),
+        "everything-mix": ("everything, half data", {**wide, "teacher": "mix"}),
+        "everything-data": ("everything, data", {**wide, "teacher": "data"}),
+    }
+    found = {
+        f"xl/vae-flow-{name}": Arm(f"VAE and eps to flow: {about}", settings, vae=True)
+        for name, (about, settings) in both.items()
+        if name != "start"
+    }
+    for name in ("start", "teacher", "mix", "data"):
+        about, settings = both[name]
+        found[f"xl/vae-same-{name}"] = Arm(
+            f"VAE alone: {about}", settings, objective="same", vae=True
+        )
+    found["xl/vae-dreams"] = replace(
+        found["xl/vae-flow-mix"], images="dreams",
+        about="VAE and eps to flow: first block and read-out, half data, 350 pictures of its own",
+        settings={**first, "teacher": "mix", "pictures": 350},
+    )  # fmt: skip
+    return found
+
+
+FIRST = "readout,IN,IN00,IN01"
+ARMS = {
+    **main_arms(), **tuned_arms(), **readout_arms(), **direction_arms(), **vae_arms(),
+}  # fmt: skip

@@ -66,9 +66,11 @@ def user_images() -> Path:
 
 def recipe_of(arm: Arm, seed: int) -> Recipe:
     """The arm's recipe."""
+    from recast import pocket
     from recast.recipe import load, override
 
-    how = override(load(arm.recipe), **arm.settings, objective=arm.objective)
+    vae = str(pocket.VAE) if arm.vae else None
+    how = override(load(arm.recipe), **arm.settings, objective=arm.objective, vae=vae)
     return override(how, train={"seed": seed}, evaluate={"pictures": PICTURES})
 
 
@@ -86,7 +88,13 @@ def source_of(name: str) -> Path:
 
 def digest(arm: Arm) -> str:
     """Names what an arm asks for, so that a row of an older arm is made again."""
-    chain = [asdict(arm) | {"about": "", "seeds": 0, "settings": dict(arm.settings)}]
+    asked = asdict(arm) | {"about": "", "seeds": 0, "settings": dict(arm.settings)}
+    if not asked.pop("vae"):
+        chain = [asked]
+    else:
+        from recast.pocket import VAE
+
+        chain = [asked | {"vae": sha256(VAE.read_bytes()).hexdigest()}]
     if arm.model in ARMS:
         chain.append({"model": digest(ARMS[arm.model])})
     return sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:12]
@@ -140,6 +148,8 @@ def convert(job: Job) -> float:
 def figures(job: Job, arm: Arm) -> Row:
     """Fidelity to the model itself (or what the arm names), concepts kept, watermarks."""
     from recast.checkpoint import Checkpoint
+    from recast.convert import bridge
+    from recast.convert.folder import Folder, digest_of, read_identity
     from recast.convert.material import examples_of
     from recast.convert.measure import choose, paint
     from recast.evaluate.agreement import agreement
@@ -149,14 +159,16 @@ def figures(job: Job, arm: Arm) -> Row:
     captions = [e.caption for e in examples_of(user_images(), skip_broken=False)]
     with Checkpoint(source_of("pocket-xl")) as pocket:
         test = choose(job, pocket, captions)
-    written = open_model(job.out / "model.safetensors", objective=arm.objective)
-    made = [picture.image for picture in paint(written, job, test, None)]
+    written = open_model(job.out / "model.safetensors")
+    over = bridge.read(Folder(job.out, digest_of(read_identity(job.out) or {})))
+    painter = bridge.painter(written, over)
+    made = [picture.image for picture in paint(painter, job, test, None)]
     against = source_of(arm.against or arm.model)
     old = original(against, job, None)
     worlds = scenes(test.prompts)
     assert worlds is not None, "the prompts are captions of the pocket world"
     here, there = concepts(made, worlds, test.seen), concepts(old, worlds, test.seen)
-    ceiling = original(against, job, arm.objective)
+    ceiling = original(against, job, None if arm.objective == "same" else arm.objective)
     found = {
         "psnr": agreement(old, made).mean,
         "psnr_wrapper": agreement(ceiling, made).mean,
@@ -218,7 +230,8 @@ def operations(job: Job, source: str) -> tuple[float, float]:
     from recast.train import criterion, noised, replayed
 
     model = open_model(job.model, objective=source)
-    objective = OBJECTIVES[job.recipe.target.objective]
+    wanted = job.recipe.target.objective
+    objective = OBJECTIVES[source if wanted == "same" else wanted]
     sites = model.layout.sites(job.recipe.train.places)
     rank = job.recipe.train.rank
     start = (
@@ -229,7 +242,8 @@ def operations(job: Job, source: str) -> tuple[float, float]:
     x = torch.randn(1, *model.latent_shape())
     made = replayed if job.images is None else noised
     draw = made(objective, x, half, x, condition, half.long())
-    trunk = shared(model.unet, attached, model.objective, objective)
+    moved = bool(job.recipe.data.vae)
+    trunk = None if moved else shared(model.unet, attached, model.objective, objective)
     target = target_of(job.recipe, model, attached, objective, condition, trunk)
     loss = criterion(target, objective)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

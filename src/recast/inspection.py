@@ -133,6 +133,8 @@ def _sizes(layout: Layout | None) -> Facts:
         "text_layers": [text.layers for text in texts if text],
         "latent_scaling": layout.scaling,
     }
+    if layout.shift:
+        sizes["latent_shift"] = layout.shift
     if layout.plan.vae:
         sizes["vae_widths"] = list(layout.plan.vae.widths)
     return sizes

@@ -67,13 +67,13 @@ def examples(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return pictures, 1 + 4 * F.max_pool2d(cover, 3, stride=1, padding=1)
 
 
-def _distance(y: Tensor, x: Tensor, weight: Tensor, critic: Judge, run: VaeRun) -> Tensor:
+def distance(y: Tensor, x: Tensor, weight: Tensor, critic: Judge, strength: float = 0.05) -> Tensor:
     """Return the reconstruction loss of y against x (module docstring), a scalar."""
     pixels = (weight * ((y - x) ** 2 + 0.1 * (y - x).abs())).mean()
     with torch.no_grad():
         wanted = critic.features(x)
     shown = critic.features(y)
-    return pixels + run.critic * sum(F.mse_loss(a, b) for a, b in zip(shown, wanted, strict=True))
+    return pixels + strength * sum(F.mse_loss(a, b) for a, b in zip(shown, wanted, strict=True))
 
 
 def moments(net: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def fit(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[float]:
             z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
             y = decoded(net, z).float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        yield descend(_distance(y, x, weight, critic, run) + run.kl * kl, optimizer, schedule)
+        yield descend(distance(y, x, weight, critic, run.critic) + run.kl * kl, optimizer, schedule)
 
 
 def fit_decoder(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[float]:
@@ -138,7 +138,7 @@ def fit_decoder(net: AutoencoderKL, critic: Judge, run: VaeRun) -> Iterator[floa
                 mean = moments(net, x)[0].float()
             z = mean + run.noise * spread * torch.randn(mean.shape, generator=generator)
             y = decoded(net, z).float()
-        yield descend(_distance(y, x, weight, critic, run), optimizer, schedule)
+        yield descend(distance(y, x, weight, critic, run.critic), optimizer, schedule)
 
 
 @torch.no_grad()
