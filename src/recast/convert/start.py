@@ -183,10 +183,11 @@ def over(checkpoint: Checkpoint, model: Model, bridge: Bridge) -> dict[str, LowR
     from recast.convert.bridge import folded_in, folded_out
 
     first, last = (model.unet.get_submodule(name) for name in ("conv_in", "conv_out"))
+    there = {"in": first.state_dict(), "out": last.state_dict()}
     new = {
-        "conv_in.weight": folded_in(bridge, first.weight.detach()),  # type: ignore[arg-type]
-        "conv_out.weight": folded_out(bridge, last.weight.detach()),  # type: ignore[arg-type]
-        "conv_out.bias": folded_out(bridge, last.bias.detach()),  # type: ignore[arg-type]
+        "conv_in.weight": folded_in(bridge, there["in"]["weight"]),
+        "conv_out.weight": folded_out(bridge, there["out"]["weight"]),
+        "conv_out.bias": folded_out(bridge, there["out"]["bias"]),
     }
     return _changes(checkpoint, model, new)
 

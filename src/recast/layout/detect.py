@@ -83,7 +83,7 @@ def _layout(plan: Plan, extras: tuple[str, ...], scaling: float, shift: float) -
         family=plan.family,
         plan=plan,
         unet=unet_config(plan),
-        vae=plan.vae and configured(vae_config(plan.vae, plan.family), scaling, shift),
+        vae=configured(vae_config(plan.vae, plan.family), scaling, shift) if plan.vae else None,
         texts=tuple(text_config(text, part) for part, text in texts.items()),
         text_parts=tuple(texts),
         scaling=scaling,
