@@ -9,11 +9,12 @@ import pytest
 import torch
 from tests.convert import small
 
-from recast.dream import Plan, dream, jittered, prompts_for, read_shards, shard_path
+from recast.dream import Plan, dream, jittered, read_shards, shard_path
 from recast.errors import Refused
 from recast.model import Model, open_model
 from recast.objective import EPS, FLOW, V_ZSNR, express, retime
 from recast.timesteps import grid
+from recast.wishes import prompts_for
 
 PLAN = Plan(prompts=small.PROMPTS, pictures=3, steps=4)
 

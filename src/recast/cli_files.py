@@ -53,10 +53,10 @@ def inspect(
 
 def _null(path: Path, device: str, source: str | None) -> tuple[NullLevel, ...]:
     """Measure the null conditions on pictures of a few prompts of the model's own kind."""
-    from recast.dream import prompts_for
     from recast.evaluate.null import null_distance
     from recast.layout import open_checkpoint
     from recast.model import open_model
+    from recast.wishes import prompts_for
 
     with open_checkpoint(path) as checkpoint:
         texts = prompts_for(None, checkpoint)

@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +39,7 @@ POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 
 class Plan:
     """What to dream of, and how; `jitter` in grid steps, `size` in pixels, None the model's own.
 
+    last: keep the last state only, which is all that a picture's latents need.
     null: what is no prompt: empty (the negative), zero (zeroed conditioning) or both, then
     `zero_share` of the pictures have zeros.
     """
@@ -55,11 +55,23 @@ class Plan:
     negative: str = field(default="", kw_only=True)
     null: str = field(default="empty", kw_only=True)
     zero_share: float = field(default=0.5, kw_only=True)
+    solver: str = field(default="euler", kw_only=True)
+    last: bool = field(default=False, kw_only=True)
 
     def digest(self, model_sha256: str) -> str:
         """Names the pairs: the plan and the model that dreamt."""
         text = json.dumps({"model": model_sha256, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def states(self) -> int:
+        """How many states of each picture are kept."""
+        return 1 if self.last else self.steps
+
+    def nbytes(self, latent: tuple[int, int, int]) -> int:
+        """What a picture takes on disk: x, u and u without prompt in half precision."""
+        channels, height, width = latent
+        return 6 * self.states * channels * height * width
 
     def zeroed(self, first: int, count: int) -> tuple[bool, ...]:
         """Which pictures have zeroed conditioning as what is no prompt."""
@@ -98,23 +110,6 @@ class Shard:
     zeroed: tuple[bool, ...] = ()
 
 
-def prompts_for(file: Path | None, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The user's prompts, else the list that ships with Recast, or the pocket world's captions.
-
-    Those that its checkpoints never saw are left out: they are there to be asked for afterwards.
-    """
-    from recast.sample.prompts import parse_prompts, read_prompts
-
-    if file is not None:
-        return tuple(prompt.text for prompt in read_prompts(file))
-    if checkpoint.metadata.get("recast.world") == "pocket":
-        from recast.pocket.world import caption, scenes
-
-        return tuple(caption(scene) for scene in scenes(held=False))
-    text = (files("recast") / "prompts" / "real.txt").read_text(encoding="utf-8")
-    return tuple(prompt.text for prompt in parse_prompts(text.splitlines(), "real.txt"))
-
-
 def dream(
     model: Model, folder: Path, plan: Plan, *, stopped: Callable[[], int] = lambda: 0
 ) -> Iterator[Event]:
@@ -122,16 +117,25 @@ def dream(
 
     Raises Refused if the folder holds the dreams of another plan or model.
     """
+    from recast.sample.solvers import find_solver
+
+    find_solver(plan.solver)
     latent = model.latent_shape(_square(plan.size))
     batch = max(1, POSITIONS // (latent[1] * latent[2]))
     digest = plan.digest(model.checkpoint.sha256())
     prompts = plan.order()
     starts = list(range(0, plan.pictures, batch))
-    nbytes = 6 * plan.steps * latent[0] * latent[1] * latent[2]
-    require_room(standing(folder), nbytes * plan.pictures)
+    have = sum(
+        len(prompts[first : first + batch])
+        for number, first in enumerate(starts)
+        if _present(shard_path(folder, number), digest)
+    )
+    each = plan.nbytes(latent)
+    require_room(standing(folder), each * (plan.pictures - have))
     with lock(folder):
-        room = nbytes * plan.pictures / 1e6
-        yield Note(f"Dreaming {plan.pictures} pictures; their pairs take {room:.1f} MB.")
+        room = f"{each * plan.pictures / 1e6:.1f} MB"
+        there = f", {have} of them are there" if have else ""
+        yield Note(f"Dreaming {plan.pictures} pictures; their pairs take {room}{there}.")
         yield Stage("dream", plan.pictures, "pictures", 0)
         for number, first in enumerate(starts):
             path = shard_path(folder, number)
@@ -172,7 +176,11 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
     net = express(model.net(condition), model.objective, objective)
     kept: list[tuple[Tensor, ...]] = []
     start = eps.to(model.device)
-    for step in sample_latents(net, objective, start, times, scale=plan.guidance, paired=True):
+    run = sample_latents(
+        net, objective, start, times, scale=plan.guidance, solver=plan.solver, paired=True,
+        generator=noise,
+    )  # fmt: skip
+    for step in run:
         met = step.met[0]
         alpha, sigma = levels(objective.path, met.t, met.x)
         pairs = [one[1] - one[0] for one in (met.positive, met.negative) if one is not None]
@@ -180,6 +188,7 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
         kept.append(
             (flow_time[0].cpu(), (met.x / (alpha + sigma)).cpu(), *(u.cpu() for u in pairs))
         )
+    kept = kept[-plan.states :]
     t, x, u, u_null = (torch.stack(column) for column in zip(*kept, strict=True))
     half = torch.float16
     return Shard(tuple(texts), t.float(), x.to(half), u.to(half), u_null.to(half), zeroed)

@@ -97,7 +97,8 @@ def prepare(
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
     from recast.convert import checks, exchange, start
-    from recast.convert.material import examples_of, images_of, skips_broken
+    from recast.convert.material import examples_of
+    from recast.convert.sources import skips_broken, sources_of
 
     checks.check_out(job.out)
     layout = checks.check_model(checkpoint, job.recipe)
@@ -106,7 +107,7 @@ def prepare(
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
     vae = exchange.check(checkpoint, job)
-    images = images_of(job)
+    images = sources_of(job).images
     found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
     identity = {**identify(checkpoint, job, source, objective, found), **vae}
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
@@ -123,10 +124,13 @@ def identify(
     checkpoint: Checkpoint, job: Job, source: str, objective: str, found: tuple[Example, ...]
 ) -> dict[str, object]:
     """What names this run: the model, the images, the recipe."""
-    from recast.convert.material import dream_plan, images_digest
+    from recast.convert.material import images_digest
+    from recast.convert.sources import dream_plan, sources_of
     from recast.convert.start import identity
 
-    dreamt = "" if found else f"dreamt {dream_plan(job, checkpoint, objective).digest('')}"
+    data = [images_digest(found)] if found else []
+    if sources_of(job).dreams:
+        data.append(f"dreamt {dream_plan(job, checkpoint, objective).digest('')}")
     recipe = job.recipe.model_dump(exclude={"about"})
     # see in_header
     recipe["train"].pop("checkpoint_every")
@@ -134,7 +138,7 @@ def identify(
         "model": checkpoint.sha256(),
         "source": source,
         "objective": objective,
-        "images": dreamt or images_digest(found),
+        "images": ", ".join(data),
         "recipe": recipe,
         **({"via": list(job.via)} if job.via else {}),
         **identity(job),

@@ -17,7 +17,7 @@ from recast.adapter import refuse_residual
 from recast.adapter.decompose import matrices
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room, standing
-from recast.convert import groups
+from recast.convert import groups, sources
 from recast.convert.folder import Folder, digest_of
 from recast.errors import Refused
 from recast.events import Event, Stage, Tick
@@ -86,15 +86,17 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     import torch
 
     from recast.convert.fixed import previews, validates
-    from recast.convert.material import dream_plan, images_of
-    from recast.dream import prompts_for
+    from recast.convert.sources import dream_plan, sources_of
     from recast.evaluate.judges import judge_kind
     from recast.optim import build
     from recast.sample.solvers import find_solver
+    from recast.wishes import prompts_for
 
     recipe = job.recipe
-    check_draws(recipe, replays=images_of(job) is None)
+    sources.check(job)
+    check_draws(recipe, replays=sources_of(job).dreams == "replay")
     find_solver(recipe.evaluate.solver)
+    find_solver(recipe.data.replay_solver)
     check_base(recipe.train.base, job.device)
     build(
         recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
@@ -109,7 +111,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
         )
     if recipe.data.size % 8:
         raise Refused(f"data.size is {recipe.data.size}: give a multiple of 8, or 0.")
-    if images_of(job) is None:
+    if sources_of(job).dreams:
         dream_plan(job, checkpoint, recipe.target.objective)
     asks = job.measure or validates(recipe) or previews(recipe)
     if asks and recipe.evaluate.prompts:
@@ -134,8 +136,8 @@ def check_draws(recipe: Recipe, *, replays: bool) -> None:
         noise.multires or noise.offset or noise.perturbation or noise.pairing != "none"
     ):
         raise Refused(
-            "the pictures that the original makes bring their own noise: give --images, or leave "
-            "the recipe's section noise out."
+            "replayed states bring their own noise: give --images, set data.source to dreams, or "
+            "leave the recipe's section noise out."
         )
 
 
@@ -187,7 +189,7 @@ def check_room(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
         trained += rank * (site.shape[0] + wide) if rank else site.shape[0] * wide
     # fp32 adapter, fp16 patch; a state holds the weights and two moments
     size = checkpoint.nbytes + trained * (4 + 2 + STATES * 3 * 4)
-    require_room(standing(job.out), size)
+    require_room(standing(job.out), size + sources.room(checkpoint, layout, job))
 
 
 def check_images(examples: tuple[Example, ...], *, skip_broken: bool) -> Iterator[Event]:

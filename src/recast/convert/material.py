@@ -6,7 +6,7 @@ Both hand out draws as a pure function of (seed, step), so a resumed run goes on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,17 +17,20 @@ from recast.checkpoint import Checkpoint
 from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
-from recast.convert.noising import dealt, draw, remarks
+from recast.convert.noising import draw, drawn, remarks
 from recast.convert.replay import ZERO, Replay
 from recast.convert.selfmade import Selfmade, finished
+from recast.convert.sources import dream_plan, skips_broken, sources_of
 from recast.data.buckets import Buckets, aspects, square
-from recast.dream import Plan, dream, prompts_for, read_shards
+from recast.dream import Shard, dream, read_shards
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import Objective
 from recast.recipe import Recipe
 from recast.train import Aware, Draw
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from recast.convert import Job
     from recast.data.cache import Dataset
     from recast.data.folder import Example
@@ -61,18 +64,19 @@ class Images:
     bridge: Bridge | None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
+        return drawn(self.recipe, self.draw, done, aware)
+
+    def draw(self, number: int, t: Tensor, weight: Tensor | None, place: int | None = None) -> Draw:
+        """Batch `number` of the run, and `place` of the images where others come in between."""
         how, data = self.recipe.train, self.recipe.data
-        for step in range(done, how.limit):
-            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
-                number = step * how.accumulate + micro
-                batch = self.dataset.batch(
-                    number, how.seed, how.batch, dropout=data.caption_dropout, null=data.null,
-                    zero_share=data.zero_share,
-                )  # fmt: skip
-                yield draw(
-                    self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
-                    batch.index, self.dataset.store.model.factor,
-                )  # fmt: skip
+        batch = self.dataset.batch(
+            number if place is None else place, how.seed, how.batch,
+            dropout=data.caption_dropout, null=data.null, zero_share=data.zero_share,
+        )  # fmt: skip
+        return draw(
+            self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
+            batch.index, self.dataset.store.model.factor,
+        )  # fmt: skip
 
     def null(self) -> Condition:
         from recast.text.encode import Condition
@@ -81,6 +85,35 @@ class Images:
         pooled = found.get("pooled")
         empty = Condition(found["context"][None], None if pooled is None else pooled[None])
         return empty.zeros() if self.recipe.data.null == "zero" else empty
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Batches of images spread evenly among those of dreams, as the recipe's share has it.
+
+    Batch n is of images where floor((n + 1) share) > floor(n share), whatever came before.
+    """
+
+    images: Images
+    dreams: Replay | Selfmade
+    recipe: Recipe
+
+    @property
+    def bridge(self) -> Bridge | None:
+        return self.images.bridge
+
+    def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
+        return drawn(self.recipe, self.draw, done, aware)
+
+    def draw(self, number: int, t: Tensor, weight: Tensor | None) -> Draw:
+        share = self.recipe.data.mix_share
+        place, behind = int(number * share), int((number + 1) * share)
+        if behind > place:
+            return self.images.draw(number, t, weight, place)
+        return self.dreams.draw(number, t, weight)
+
+    def null(self) -> Condition:
+        return self.images.null()
 
 
 def gather(
@@ -92,9 +125,20 @@ def gather(
     stopped: Callable[[], int],
 ) -> Generator[Event, None, Material]:
     """Make the material, or find it made; returns it."""
-    if (images := images_of(job)) is not None:
-        return (yield from from_images(checkpoint, images, folder, job, source, objective, stopped))
-    return (yield from from_dreams(checkpoint, folder, job, source, objective, stopped))
+    for remark in remarks(job.recipe):
+        yield Note(remark)
+    wanted = sources_of(job)
+    images = dreams = None
+    rest = (folder, job, source, objective, stopped)
+    if wanted.images is not None:
+        images = yield from from_images(checkpoint, wanted.images, *rest)
+    if wanted.dreams is not None:
+        dreams = yield from from_dreams(checkpoint, *rest)
+    if images and dreams:
+        return Mixed(images, dreams, job.recipe)
+    found = images or dreams
+    assert found is not None
+    return found
 
 
 def from_images(
@@ -112,8 +156,6 @@ def from_images(
     from recast.data.folder import scan
     from recast.model import open_model
 
-    for remark in remarks(job.recipe):
-        yield Note(remark)
     on_broken: Literal["refuse", "skip"] = "skip" if skips_broken(job) else "refuse"
     found = scan(images, on_broken=on_broken)
     for problem in found.problems:
@@ -155,14 +197,10 @@ def from_dreams(
     source: str,
     objective: Objective,
     stopped: Callable[[], int],
-) -> Generator[Event, None, Material]:
-    """Let the original dream into the run's `pairs`; returns Replay, or Selfmade for another VAE.
-
-    Replayed states are of the original's own latent space, so another VAE takes pictures instead.
-    """
+) -> Generator[Event, None, Replay | Selfmade]:
+    """Let the original dream into the run's `pairs`; returns what was met, or what was painted."""
     from recast.convert import fixed
     from recast.model import open_model
-    from recast.text.encode import cat
 
     plan = dream_plan(job, checkpoint, objective.name)
     model = open_model(job.model, device=job.device, objective=source)
@@ -170,23 +208,32 @@ def from_dreams(
     if signal := stopped():
         raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
     shards = tuple(read_shards(folder.path("pairs"), plan, checkpoint.sha256()))
-    prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
-    conditions = encoded(model, prompts, plan.size)
+    conditions, rows = conditions_of(model, shards, plan.size)
+    about = (job.recipe, objective, job.device, model.factor)
+    if sources_of(job).dreams == "replay":
+        fixed.prepare(model, model, folder, job, objective, None)
+        return Replay(shards, conditions, rows, *about)
     student = exchange.into(model, checkpoint, job.recipe)
-    made, x0, bridge = finished(shards, plan), None, None
+    made, bridge = finished(shards, plan), None
+    x0 = made.x0
     if student is not model:
-        x0 = crossed(model, student, made.x0.to(model.device)).cpu()
+        x0 = crossed(model, student, x0.to(model.device)).cpu()
         bridge = yield from exchange.bridge_of(made.x0, x0, folder, job.recipe)
     fixed.prepare(model, student, folder, job, objective, bridge)
-    conditions = cat([conditions[:-1], conditions[-1].zeros(), conditions[-1]])
+    row = torch.tensor([rows[prompt] for prompt in made.prompts])
+    return Selfmade(x0, row, made.zeroed, conditions, *about, bridge)
+
+
+def conditions_of(
+    model: Model, shards: Sequence[Shard], size: int | None
+) -> tuple[Condition, dict[str, int]]:
+    """Conditions of all prompts that were dreamt, then zeros (ZERO) and the empty prompt's."""
+    from recast.text.encode import cat
+
+    prompts = [*dict.fromkeys(text for shard in shards for text in shard.prompts if text), ""]
+    found = encoded(model, prompts, size)
     rows = {prompt: row for row, prompt in enumerate([*prompts[:-1], ZERO, ""])}
-    if x0 is not None:
-        row = torch.tensor([rows[prompt] for prompt in made.prompts])
-        return Selfmade(
-            x0, row, made.zeroed, conditions, job.recipe, objective, job.device, model.factor,
-            bridge,
-        )  # fmt: skip
-    return Replay(shards, conditions, rows, job.recipe, objective, job.device, model.factor)
+    return cat([found[:-1], found[-1].zeros(), found[-1]]), rows
 
 
 def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:
@@ -200,33 +247,6 @@ def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:
             for k in groups
         ]
     return cat(found)
-
-
-def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
-    """What the recipe asks the original to dream of."""
-    data = job.recipe.data
-    return Plan(
-        prompts=prompts_for(Path(data.prompts) if data.prompts else None, checkpoint),
-        pictures=data.pictures,
-        steps=data.replay_steps,
-        guidance=data.guidance,
-        jitter=data.jitter,
-        seed=job.recipe.train.seed,
-        size=data.size or None,
-        objective=objective,
-        null=data.null,
-        zero_share=data.zero_share,
-    )
-
-
-def images_of(job: Job) -> Path | None:
-    """The folder of images that the command line or the recipe names."""
-    return job.images or (Path(job.recipe.data.images) if job.recipe.data.images else None)
-
-
-def skips_broken(job: Job) -> bool:
-    """Whether the command line or the recipe says to leave broken images out."""
-    return job.skip_broken or job.recipe.data.skip_broken
 
 
 def examples_of(images: Path, *, skip_broken: bool) -> tuple[Example, ...]:
@@ -248,8 +268,12 @@ def images_digest(examples: tuple[Example, ...]) -> str:
 
 
 def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple[str, ...]:
-    """What the training was told: the images' captions, or the prompts that were dreamt."""
-    if (images := images_of(job)) is not None:
-        found = examples_of(images, skip_broken=skips_broken(job))
-        return tuple(example.caption for example in found)
-    return tuple(dream_plan(job, checkpoint, "flow").order())
+    """What the training was told: the images' captions, the prompts that were dreamt, or both."""
+    told: list[str] = []
+    wanted = sources_of(job)
+    if wanted.images is not None:
+        found = examples_of(wanted.images, skip_broken=skips_broken(job))
+        told += [example.caption for example in found]
+    if wanted.dreams is not None:
+        told += dream_plan(job, checkpoint, "flow").order()
+    return tuple(told)

@@ -22,7 +22,8 @@ from recast.convert import bridge as bridges
 from recast.convert import exchange, nulls
 from recast.convert.compose import SHOWN, Test, compose, finished, hashes
 from recast.convert.folder import Folder
-from recast.convert.material import images_of, training_captions
+from recast.convert.material import training_captions
+from recast.convert.sources import sources_of
 from recast.evaluate.concepts import present, scenes
 from recast.evaluate.drift import drift
 from recast.evaluate.loading import how_to_load
@@ -124,7 +125,8 @@ def choose(job: Job, checkpoint: Checkpoint, captions: Sequence[str]) -> Test:
 
     if scenes(pool) is None:
         total = min(how.pictures, UNJUDGED)
-        chosen = some([*dict.fromkeys(captions)], (total + 1) // 2) if images_of(job) else []
+        own = [*dict.fromkeys(captions)] if sources_of(job).images else []
+        chosen = some(own, (total + 1) // 2)
         chosen += some(pool, total - len(chosen))
         seen = [True] * len(chosen)
     else:
@@ -142,9 +144,9 @@ def choose(job: Job, checkpoint: Checkpoint, captions: Sequence[str]) -> Test:
 
 def prompt_pool(job: Job, checkpoint: Checkpoint) -> list[str]:
     """The recipe's file of prompts, every caption of the pocket world, or the list that ships."""
-    from recast.dream import prompts_for
     from recast.pocket.world import caption
     from recast.pocket.world import scenes as world
+    from recast.wishes import prompts_for
 
     file = job.recipe.evaluate.prompts
     if not file and checkpoint.metadata.get("recast.world") == "pocket":

@@ -5,7 +5,7 @@ Both are pure functions of (seed, step), and loss-aware times of what was learnt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,19 @@ def dealt(
     t, weight = times(recipe, step, aware)
     weights = [None] * how.accumulate if weight is None else weight.split(how.batch)
     return list(zip(t.split(how.batch), weights, strict=True))
+
+
+def drawn(
+    recipe: Recipe,
+    draw: Callable[[int, Tensor, Tensor | None], Draw],
+    done: int,
+    aware: Aware | None = None,
+) -> Iterator[Draw]:
+    """Every draw from the first one of step `done` on: draw(number, times, weight)."""
+    how = recipe.train
+    for step in range(done, how.limit):
+        for micro, (t, weight) in enumerate(dealt(recipe, step, aware)):
+            yield draw(step * how.accumulate + micro, t, weight)
 
 
 def shifted(recipe: Recipe, t: Tensor, pixels: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recast.convert.noising import aimed, dealt, shifted
+from recast.convert.noising import aimed, drawn, shifted
 from recast.dream import Shard
 from recast.objective import FLOW, Objective, retime
 from recast.recipe import Recipe
@@ -40,16 +40,17 @@ class Replay:
     bridge: None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
-        how, aims = self.recipe.train, aimed(self.recipe)
-        for step in range(done, how.limit):
-            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
-                made = self.draw(step * how.accumulate + micro, t if aims else None)
-                yield made if weight is None else replace(made, weight=weight.to(made.t))
+        return drawn(self.recipe, self.draw, done, aware)
 
     def null(self) -> Condition:
         return self.conditions[-1]
 
-    def draw(self, number: int, aim: Tensor | None = None) -> Draw:
+    def draw(self, number: int, t: Tensor, weight: Tensor | None) -> Draw:
+        """Batch `number`, near the times t where the recipe asks for other than even ones."""
+        made = self.pairs(number, t if aimed(self.recipe) else None)
+        return made if weight is None else replace(made, weight=weight.to(made.t))
+
+    def pairs(self, number: int, aim: Tensor | None = None) -> Draw:
         """Batch `number`: any pairs, the unprompted ones as often as captions are dropped.
 
         Each is the one of its picture's states that is nearest to the time aimed at, if any is.

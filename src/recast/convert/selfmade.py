@@ -1,4 +1,4 @@
-"""Pictures that the original made, as another VAE encodes them: images without a folder of images.
+"""Pictures that the original made, noised anew: images without a folder of images.
 
 The last step of each dreamt picture gives its latents, x0 = x - t u under the guidance it was
 dreamt with.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recast.convert.bridge import Bridge
-from recast.convert.noising import dealt, draw
+from recast.convert.noising import draw, drawn
 from recast.dream import Plan, Shard
 from recast.objective import Objective
 from recast.recipe import Recipe
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selfmade:
-    """Latents x0 (P, C, h, w) of the new space, noised along the new path.
+    """Latents x0 (P, C, h, w), noised along the new path; of another space where there is a bridge.
 
     `row` names each picture's condition; the last condition is the empty prompt's, the one before
     it all zeros.
@@ -43,10 +43,7 @@ class Selfmade:
     bridge: Bridge | None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
-        how = self.recipe.train
-        for step in range(done, how.limit):
-            for micro, (t, weight) in enumerate(dealt(self.recipe, step, aware)):
-                yield self.draw(step * how.accumulate + micro, t, weight)
+        return drawn(self.recipe, self.draw, done, aware)
 
     def draw(self, number: int, t: Tensor, weight: Tensor | None) -> Draw:
         """Batch `number`: any pictures, without their prompt as often as captions are dropped."""

@@ -149,12 +149,15 @@ class Noise(_Section):
 
 
 class Data(_Section):
-    """The user's images, or those the original makes: `pictures` of `replay_steps` each.
+    """The user's images, those the original makes (`pictures` of `replay_steps` each), or both.
 
     `vae`: another latent space to convert into; `vae_scale` 0 takes what it says of itself.
     """
 
     images: Line
+    source: Literal["auto", "images", "replay", "dreams", "mix"]
+    mix_with: Literal["replay", "dreams"]
+    mix_share: Annotated[float, Field(gt=0, lt=1)]
     vae: Line
     vae_scale: Amount
     vae_shift: float
@@ -165,7 +168,9 @@ class Data(_Section):
     zero_share: Share
     skip_broken: bool
     prompts: Line
+    grammar_level: Annotated[int, Field(ge=0, le=5)]
     pictures: Count
+    replay_solver: Names
     replay_steps: Count
     guidance: Amount
     jitter: Share
