@@ -6,8 +6,8 @@
     python bench/size.py --page             only write the tables of what is there
 
 Weights are generated, bf16, straight into the network. A step is the default conversion's, batch 1:
-the original's answer, the student's, the way back through the read-out, AdamW. Text encoders and VAE
-are not in memory.
+the original's answer, the student's, the way back through the read-out, AdamW. Text encoders and
+VAE are not in memory.
 
 Each row is a process of its own, one thread on a CPU. `kept` is what autograd keeps for the way
 back, of which `before the read-out` was kept when the last up block was entered. `alive` are the
