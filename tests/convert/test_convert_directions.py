@@ -87,7 +87,7 @@ def chain(home: Path, out: Path, **options: object) -> Job:
 def gone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished chain eps -> v-zsnr -> flow."""
     out = tmp_path_factory.mktemp("chain")
-    small.convert(chain(home, out))
+    small.convert(chain(home, out, measure=False))
     return out
 
 
@@ -109,7 +109,10 @@ def test_a_chain_ends_at_the_last_leg_s_weights(home: Path, gone: Path) -> None:
                 torch.testing.assert_close(tensor, last[key], atol=2e-3, rtol=2e-3)
 
 
-def test_a_chain_s_report_is_against_the_original(gone: Path) -> None:
+@pytest.mark.slow
+def test_a_chain_s_report_is_against_the_original(home: Path, tmp_path: Path) -> None:
+    gone = tmp_path
+    small.convert(chain(home, gone))
     report = json.loads((gone / "report.json").read_text(encoding="utf-8"))
     assert (report["model"], report["source"], report["target"]) == (
         "sdxl.safetensors",
@@ -123,6 +126,7 @@ def test_a_chain_s_report_is_against_the_original(gone: Path) -> None:
     assert not (gone / "2-flow" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_in_the_leg_where_it_was_stopped(
     home: Path, gone: Path, tmp_path: Path
 ) -> None:

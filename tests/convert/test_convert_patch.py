@@ -95,6 +95,7 @@ def test_the_patch_alone_converts_a_relative(
     assert tree(tmp_path) == before_again
 
 
+@pytest.mark.slow
 def test_polish_goes_on_from_the_patch_and_resumes(
     base: Path, kin: Path, recipe: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_layers_that_only_the_patch_has_are_kept(home: Path, base: Path, tmp_pat
         assert same == ("output_blocks" in name), name
 
 
+@pytest.mark.slow
 def test_a_low_rank_conversion_s_patch_can_be_a_start_too(home: Path, tmp_path: Path) -> None:
     model, images = home / "sdxl.safetensors", home / "images"
     how = small.recipe(home, "flow", "flow-dadaptlion", rank=2, steps=1)
@@ -269,6 +271,7 @@ def test_what_a_start_refuses(
     assert wanted in refused([*line, "--out", tmp_path / "run"], tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_a_training_leaves_no_patch_of_a_conversion(home: Path, tmp_path: Path) -> None:
     words = ["train", home / "sd15.safetensors", home / "images", "--out", tmp_path]
     command.run([*words, "--rank", 1, "--steps", 1])
