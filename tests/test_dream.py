@@ -9,12 +9,17 @@ import pytest
 import torch
 from tests.convert import small
 
+from recast import grammar
+from recast.convert.selfmade import finished
 from recast.dream import Plan, dream, jittered, read_shards, shard_path
 from recast.errors import Refused
+from recast.events import Note, amount
 from recast.model import Model, open_model
 from recast.objective import EPS, FLOW, V_ZSNR, express, retime
+from recast.sample.images import sample_latents
+from recast.text.tokens import LENGTH, encode
 from recast.timesteps import grid
-from recast.wishes import prompts_for
+from recast.wishes import captions_of, from_grammar, prompts_for
 
 PLAN = Plan(prompts=small.PROMPTS, pictures=3, steps=4)
 
@@ -90,8 +95,8 @@ def test_dreams_go_on_at_the_first_missing_shard(
         read_shards(tmp_path, PLAN, model.checkpoint.sha256())
     first = shard_path(tmp_path, 0).read_bytes()
     shard_path(tmp_path, 1).write_bytes(b"damaged")
-    for _ in dream(model, tmp_path, PLAN):
-        pass
+    (said,) = [event.text for event in dream(model, tmp_path, PLAN) if isinstance(event, Note)]
+    assert "(1 pictures are there already)" in said
     assert shard_path(tmp_path, 0).read_bytes() == first
     shards = read_shards(tmp_path, PLAN, model.checkpoint.sha256())
     assert [text for shard in shards for text in shard.prompts] == PLAN.order()
@@ -99,6 +104,29 @@ def test_dreams_go_on_at_the_first_missing_shard(
     for _ in dream(model, tmp_path, PLAN):
         pass
     assert shard_path(tmp_path, 0).read_bytes() == first
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "euler_ancestral"])
+def test_a_picture_s_last_state_alone_gives_its_latents(
+    solver: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the solver, the sample is the guided x0 of the last state; a picture one state."""
+    samples = []
+
+    def watched(*given: object, **how: object) -> object:
+        for step in sample_latents(*given, **how):  # type: ignore[arg-type]
+            yield step
+        samples.append(step.x)
+
+    monkeypatch.setattr("recast.sample.images.sample_latents", watched)
+    plan = replace(PLAN, solver=solver, last=True)
+    said = [event for event in dream(model, tmp_path, plan) if isinstance(event, Note)]
+    (shard,) = read_shards(tmp_path, plan, model.checkpoint.sha256())
+    assert shard.x.shape == (1, 3, 4, 8, 8)
+    torch.testing.assert_close(finished([shard], plan).x0, samples[0], atol=0.02, rtol=0.01)
+    taken, predicted = shard_path(tmp_path, 0).stat().st_size, 3 * plan.nbytes((4, 8, 8))
+    assert predicted < taken < predicted + 1000  # the header
+    assert amount(predicted) in said[0].text
 
 
 def test_dreams_of_another_plan_are_refused(model: Model, dreamt: Path) -> None:
@@ -110,12 +138,25 @@ def test_dreams_of_another_plan_are_refused(model: Model, dreamt: Path) -> None:
 
 def test_prompts_come_from_the_user_the_world_or_the_list(model: Model, tmp_path: Path) -> None:
     assert prompts_for(small.prompts(tmp_path), model.checkpoint) == small.PROMPTS
-    assert len(prompts_for(None, model.checkpoint)) > 100
+    shipped = prompts_for(None, model.checkpoint)
+    assert len(shipped) == len(set(shipped)) >= 400
+    assert all(len(encode(text)) <= LENGTH - 2 for text in shipped)
+    assert sum(text.count(", ") > 4 for text in shipped) > 30
+    assert sum(len(text.split()) < 4 for text in shipped) > 5
+    assert from_grammar(7, model.checkpoint, seed=1, level=2) == grammar.prompts(7, 1, 2)
+    captions = small.images(tmp_path / "images", 5)
+    assert captions_of(captions) == small.PROMPTS
+    for file in captions.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(Refused, match="no picture has a caption"):
+        captions_of(captions)
     world = small.checkpoint(tmp_path, "sd15", **{"recast.world": "pocket"})
     from recast.checkpoint import Checkpoint
     from recast.pocket.world import is_held, parse
 
     with Checkpoint(world) as file:
-        captions = prompts_for(None, file)
+        captions, some = prompts_for(None, file), from_grammar(9, file, seed=1)
+        assert some == from_grammar(20, file, seed=1)[:9] != from_grammar(9, file, seed=2)
     assert captions
+    assert set(some) < set(captions)
     assert not any(is_held(parse(text)) for text in captions)

@@ -13,7 +13,7 @@ import typer
 from recast import console
 from recast.cli_common import Force, Json, Model, Source, model_path
 from recast.errors import Refused
-from recast.events import Event
+from recast.events import Event, amount
 from recast.show import say, show_file
 
 if TYPE_CHECKING:
@@ -249,14 +249,6 @@ def _table(first: str, *numbers: str) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
-
-
-def amount(size: float) -> str:
-    """Bytes as 12.3 GB, 4.5 MB or 6.7 kB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from recast.checkpoint import Checkpoint, write_dict
 from recast.commit import lock, require_room, standing
 from recast.errors import RecastError, Refused
-from recast.events import Event, Note, Stage, Tick
+from recast.events import Event, Note, Stage, Tick, amount
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,9 +133,10 @@ def dream(
     each = plan.nbytes(latent)
     require_room(standing(folder), each * (plan.pictures - have))
     with lock(folder):
-        room = f"{each * plan.pictures / 1e6:.1f} MB"
-        there = f", {have} of them are there" if have else ""
-        yield Note(f"Dreaming {plan.pictures} pictures; their pairs take {room}{there}.")
+        yield Note(
+            f"Dreaming {plan.pictures} pictures; their pairs take {amount(each * plan.pictures)}"
+            + (f" ({have} pictures are there already)." if have else ".")
+        )
         yield Stage("dream", plan.pictures, "pictures", 0)
         for number, first in enumerate(starts):
             path = shard_path(folder, number)

@@ -40,3 +40,11 @@ class Measured:
 
 
 Event = Stage | Tick | Note | Measured
+
+
+def amount(size: float) -> str:
+    """Bytes as 12.3 GB, 4.5 MB, 6.7 kB or 89 bytes."""
+    for name, unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} bytes"

@@ -18,6 +18,7 @@ from recast.evaluate.charts import course_chart, drift_chart, loss_chart, null_c
 from recast.evaluate.pictures import embedded, sheet, size_of
 from recast.evaluate.values import NULL, Report, picture_names
 from recast.evaluate.words import rows, summary
+from recast.events import amount
 
 __all__ = ["HTML", "JSON", "Report", "load_report", "render", "write_report"]
 
@@ -80,7 +81,7 @@ def render(report: Report) -> str:
     )
     environment.filters |= {
         "uri": embedded,
-        "bytes": _bytes,
+        "bytes": amount,
         "duration": _duration,
         "shown": _shown,
     }
@@ -129,13 +130,6 @@ def _shot(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
             return None
         values[kind] = path.read_bytes()
     return values if {"original", "converted"} <= values.keys() else None
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _duration(seconds: float) -> str:

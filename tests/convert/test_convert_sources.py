@@ -1,0 +1,209 @@
+"""Where draws come from: the recipe's source, its identity, and a mix that is dealt evenly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.convert import small
+from tests.convert.test_convert_resume import Stop
+
+from recast.checkpoint import Checkpoint
+from recast.convert import Job
+from recast.convert.checks import check_room
+from recast.convert.folder import Stopped
+from recast.convert.material import Mixed, training_captions
+from recast.convert.selfmade import Selfmade
+from recast.convert.sources import check, dream_plan, sources_of
+from recast.dream import shard_path
+from recast.errors import NoRoom, Refused
+from recast.layout import detect
+from recast.recipe import override
+from recast.train import from_data, from_teacher
+from recast.train.draws import seeded
+
+STEPS = 3
+
+
+def job(home: Path, out: Path, images: bool = False, **data: object) -> Job:
+    recipe = override(small.recipe(home, "flow", steps=STEPS), data=data)
+    folder = home / "images" if images else None
+    return Job(home / "sd15.safetensors", out, recipe, images=folder, measure=False)
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A source that tells what it was asked for."""
+
+    name: str
+
+    def draw(self, number: int, t: object, weight: object, place: int | None = None) -> object:
+        return self.name, number, place
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.9])
+def test_a_mix_deals_its_batches_evenly_and_takes_the_images_in_their_order(
+    share: float, home: Path
+) -> None:
+    recipe = override(job(home, home).recipe, data={"mix_share": share}, train={"accumulate": 5})
+    recipe = override(recipe, train={"steps": 8})
+    mixed = Mixed(Fake("images"), Fake("dreams"), recipe)  # type: ignore[arg-type]
+    made = list(mixed.draws(0))
+    assert [number for _, number, _ in made] == list(range(40))
+    places = [place for name, _, place in made if name == "images"]
+    assert places == list(range(len(places)))
+    for count in range(1, 41):
+        images = sum(name == "images" for name, *_ in made[:count])
+        assert abs(images - count * share) < 1
+    assert list(mixed.draws(3)) == made[15:]
+
+
+def test_a_mix_stopped_on_its_way_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    small.convert(job(home, tmp_path / "whole", images=True, source="mix"))
+    broken = job(home, tmp_path / "broken", images=True, source="mix")
+    for stage, said in (("dream", "while dreaming"), ("train", "after step 1")):
+        with pytest.raises(Stopped, match=said):
+            Stop(stage).follow(broken)
+    small.convert(broken)
+    names = (*small.NAMES, "log.jsonl")
+    assert small.contents(tmp_path / "broken", names) == small.contents(tmp_path / "whole", names)
+    assert (tmp_path / "whole/cache").exists()
+    identity = json.loads((tmp_path / "whole/run.json").read_text(encoding="utf-8"))
+    assert "dreamt " in identity["images"]
+    assert len(identity["images"]) > 40
+
+
+def test_dreams_are_noised_as_images_are(home: Path, tmp_path: Path) -> None:
+    """Draws hold no answer of the original's: the target asks it, or takes the data's."""
+    from recast.convert.folder import Folder
+    from recast.convert.material import gather
+    from recast.objective import FLOW
+
+    asked = job(home, tmp_path, images=True, source="mix", mix_with="dreams", pictures=4)
+    with Checkpoint(asked.model) as file:
+        steps = gather(file, Folder(tmp_path, "x", {}), asked, "eps", FLOW, lambda: 0)
+        try:
+            while True:
+                next(steps)
+        except StopIteration as end:
+            material = end.value
+    assert isinstance(material.dreams, Selfmade)
+    with Checkpoint(shard_path(tmp_path / "pairs", 0)) as file:
+        assert len(file["t"]) == 1
+    first, second, third = material.draws(0)
+    assert first.index.max() < 4
+    assert second.x0.shape == first.x0.shape
+    assert first.teacher is second.teacher is None
+    assert [len(each.condition) for each in (first, second, third)] == [2, 2, 2]
+    (again,) = material.draws(2)
+    assert again.x.equal(third.x)
+    eps = torch.randn(first.x0.shape, generator=seeded(0, "noise", 0))
+    torch.testing.assert_close(first.x, FLOW.noise(first.x0, eps, first.t))
+    data = from_data(FLOW)(first).value
+    torch.testing.assert_close(data, eps - first.x0)
+    net = from_teacher(lambda condition: lambda x, t: 0 * x, FLOW, FLOW)
+    assert not net(first).value.equal(data)
+
+
+def test_captions_and_the_grammar_are_dreamt_of(home: Path, tmp_path: Path) -> None:
+    with Checkpoint(home / "sd15.safetensors") as file:
+        told = job(home, tmp_path, images=True, source="replay", prompts="captions", pictures=6)
+        assert sorted(training_captions(told, file, None)) == sorted(2 * small.PROMPTS)  # type: ignore[arg-type]
+        made_up = job(home, tmp_path, prompts="grammar", pictures=5, grammar_level=1)
+        plan = dream_plan(made_up, file, "flow")
+        assert len(plan.prompts) == 5
+        assert all(len(text.split()) < 4 for text in plan.prompts)
+        mixed = job(home, tmp_path, images=True, source="mix", prompts="captions")
+        assert len(training_captions(mixed, file, None)) == 3 + 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["caption", "picture", "nothing"])
+def test_another_caption_is_another_run(what: str, home: Path, tmp_path: Path) -> None:
+    """Replay of captions depends on the captions; a mix on the pictures too."""
+    from recast.convert import identify
+    from recast.convert.material import examples_of
+
+    folder = shutil.copytree(home / "images", tmp_path / "images")
+    replays = replace(job(home, tmp_path, source="replay", prompts="captions"), images=folder)
+    mixes = replace(job(home, tmp_path, source="mix", prompts="captions"), images=folder)
+
+    def identities() -> list[object]:
+        with Checkpoint(replays.model) as file:
+            found = examples_of(folder, skip_broken=False)
+            return [
+                identify(file, each, "eps", "flow", found if sources_of(each).images else ())
+                for each in (replays, mixes)
+            ]
+
+    before = identities()
+    if what == "caption":
+        (folder / "1.txt").write_text("a green door", encoding="utf-8")
+    elif what == "picture":
+        small.images(tmp_path / "others", 4)
+        shutil.copy(tmp_path / "others/3.png", folder / "1.png")
+    changed = [one != other for one, other in zip(before, identities(), strict=True)]
+    assert (
+        changed
+        == {"caption": [True, True], "picture": [False, True], "nothing": [False, False]}[what]
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "data", "said"),
+    [
+        (False, {"source": "images"}, "give --images"),
+        (False, {"source": "mix"}, "give --images"),
+        (False, {"prompts": "captions"}, "whose captions they are"),
+        (True, {"source": "replay"}, "leaves the images out"),
+        (True, {"source": "dreams"}, "leaves the images out"),
+        (False, {"source": "replay", "vae": "x.safetensors"}, "latent space"),
+        (False, {"grammar_level": 2}, "grammar_level"),
+        (True, {"grammar_level": 2, "prompts": "grammar"}, "grammar_level"),
+    ],
+)
+def test_sources_that_lack_something_are_refused(
+    images: bool, data: dict[str, object], said: str, home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=said):
+        check(job(home, tmp_path, images=images, **data))
+
+
+@pytest.mark.parametrize(
+    ("images", "data", "wanted"),
+    [
+        (False, {}, (False, "replay")),
+        (True, {}, (True, None)),
+        (False, {"vae": "x"}, (False, "dreams")),
+        (False, {"source": "dreams"}, (False, "dreams")),
+        (True, {"source": "replay", "prompts": "captions"}, (False, "replay")),
+        (True, {"source": "mix"}, (True, "replay")),
+        (True, {"source": "mix", "mix_with": "dreams"}, (True, "dreams")),
+        (True, {"source": "mix", "vae": "x"}, (True, "dreams")),
+    ],
+)
+def test_what_a_run_learns_from(
+    images: bool, data: dict[str, object], wanted: tuple[bool, str | None], home: Path
+) -> None:
+    asked = job(home, home, images=images, **data)
+    check(asked)
+    found = sources_of(asked)
+    assert (found.images is not None, found.dreams) == wanted
+
+
+def test_room_is_asked_for_the_dreams_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, 10**9))
+    with Checkpoint(home / "sd15.safetensors") as file:
+        layout = detect(file)
+        check_room(file, layout, job(home, tmp_path, pictures=1000))
+        with pytest.raises(NoRoom):
+            check_room(file, layout, job(home, tmp_path, pictures=1000 * 1000))
+        check_room(file, layout, job(home, tmp_path, source="dreams", pictures=500 * 1000))
