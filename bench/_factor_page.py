@@ -81,7 +81,11 @@ def _sums(name: str, sums: dict[str, dict[str, float]]) -> Iterator[str]:
 
 def _worst(figures: list[dict[str, Any]]) -> Iterator[str]:
     ranked = {tuple(f["shape"]) for f in figures if f["spectrum"] == SPECTRA[-1]}
-    timed = {tuple(f["shape"]) for f in figures if f["peak_mb"] is not None}
+    timed = {
+        tuple(f["shape"])
+        for f in figures
+        if f["peak_mb"] is not None and min(f["shape"][:2]) >= min(RANKS)
+    }
     yield from ("", f"## Energy lost, the worst of {len(ranked)} shapes", "")
     if timed - ranked:
         names = ", ".join("x".join(map(str, shape)) for shape in sorted(timed - ranked))
