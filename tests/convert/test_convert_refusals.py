@@ -69,7 +69,7 @@ def nothing(path: Path, home: Path) -> None:
 
 FILES: dict[str, tuple[Any, list[str]]] = {
     "absent": (nothing, ["does not exist"]),
-    "folder": (folder, ["is a folder"]),
+    "folder": (folder, ["no model_index.json", "no diffusers folder"]),
     "truncated": (truncated, ["truncated", "download or copy it again"]),
     "web-page": (web_page, ["web page"]),
     "pickle": (pickled, ["is a pickle", "weights_only=True"]),

@@ -43,6 +43,7 @@ class Memory:
 
     recipe: Recipe
     objective: Objective
+    bridge: None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
         how = self.recipe.train
