@@ -38,8 +38,8 @@ def converted(name: str, objective: str, out: Path, images: Path) -> Report:
     return load_report(out)
 
 
-@pytest.mark.parametrize("objective", ["flow", "v-zsnr"])
-@pytest.mark.parametrize("name", pocket.NAMES)
+# one of each family and each target; `make bench-convert` runs the rest
+@pytest.mark.parametrize(("name", "objective"), [("pocket-xl", "flow"), ("pocket-15", "v-zsnr")])
 def test_a_conversion_keeps_the_model(
     name: str, objective: str, tmp_path: Path, images: Path
 ) -> None:
