@@ -96,7 +96,7 @@ def test_dreams_go_on_at_the_first_missing_shard(
     first = shard_path(tmp_path, 0).read_bytes()
     shard_path(tmp_path, 1).write_bytes(b"damaged")
     (said,) = [event.text for event in dream(model, tmp_path, PLAN) if isinstance(event, Note)]
-    assert "(1 pictures are there already)" in said
+    assert "(1 there already)" in said
     assert shard_path(tmp_path, 0).read_bytes() == first
     shards = read_shards(tmp_path, PLAN, model.checkpoint.sha256())
     assert [text for shard in shards for text in shard.prompts] == PLAN.order()

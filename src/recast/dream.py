@@ -135,7 +135,7 @@ def dream(
     with lock(folder):
         yield Note(
             f"Dreaming {plan.pictures} pictures; their pairs take {amount(each * plan.pictures)}"
-            + (f" ({have} pictures are there already)." if have else ".")
+            + (f" ({have} there already)." if have else ".")
         )
         yield Stage("dream", plan.pictures, "pictures", 0)
         for number, first in enumerate(starts):

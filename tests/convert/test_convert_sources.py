@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.convert import small
+from tests.convert import command, small
+from tests.convert.test_convert_refusals import refused
 from tests.convert.test_convert_resume import Stop
 
+from recast import grammar
 from recast.checkpoint import Checkpoint
 from recast.convert import Job
 from recast.convert.checks import check_room
@@ -207,3 +209,36 @@ def test_room_is_asked_for_the_dreams_too(
         with pytest.raises(NoRoom):
             check_room(file, layout, job(home, tmp_path, pictures=1000 * 1000))
         check_room(file, layout, job(home, tmp_path, source="dreams", pictures=500 * 1000))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--captions", "IMAGES", "--grammar", "3"], "give one"),
+        (["--captions", "IMAGES", "--level", "3"], "give that too"),
+        (["--captions", "nowhere"], "no such folder"),
+        (["--solver", "eulr"], "no solver 'eulr'"),
+    ],
+)
+def test_a_dream_of_two_things_or_of_none_is_refused(
+    words: list[str], said: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [home / "images" if word == "IMAGES" else word for word in words]
+    line = ["dream", home / "sd15.safetensors", *named, "--out", tmp_path / "pairs"]
+    assert said in refused(line, tmp_path, capsys)
+
+
+def test_the_command_dreams_of_the_grammar_and_says_what_it_takes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["dream", home / "sd15.safetensors", "--grammar", 3, "--level", 2, "--pictures", 4]
+    words += ["--steps", 2, "--solver", "heun", "--out", tmp_path / "pairs", "--json"]
+    command.run(words)
+    told = capsys.readouterr()
+    facts = json.loads(told.out)
+    assert (facts["prompts"], facts["pictures"], facts["states"]) == (3, 4, 8)
+    with Checkpoint(shard_path(tmp_path / "pairs", 0)) as file:
+        dreamt = json.loads(file.metadata["recast.prompts"])
+    assert set(dreamt) == set(grammar.prompts(3, 0, 2))
+    assert facts["bytes"] == shard_path(tmp_path / "pairs", 0).stat().st_size
+    assert "their pairs take 12.3 kB." in told.err
