@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RECAST := $(BIN)/recast
 DEMO   := runs/demo
+# a test file stays with one worker, which shares what its tests share; each takes about 2 GB
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test slow check format bench pocket clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/.installed
 	$(RECAST) demo --out $(DEMO)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 slow: $(VENV)/.tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
