@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.convert import command, small
+from tests.convert import small
 from tests.convert.test_convert_refusals import refused
 
+from recast import pocket
 from recast.adapter import read_adapter
 from recast.checkpoint import Checkpoint, write_dict
-from recast.convert import Job
+from recast.cli_run import with_vae
+from recast.convert import Job, exchange
 from recast.convert.bridge import Bridge, fit, turned
 from recast.errors import Refused
 from recast.layout import detect, latents
@@ -20,7 +22,7 @@ from recast.layout.names import VAE
 from recast.layout.vae import DOOR
 from recast.model import open_model
 from recast.objective import EPS, FLOW, X0, express
-from recast.recipe import Recipe, override
+from recast.recipe import Recipe, load, override
 
 SCALE, SHIFT = 0.5, 0.3
 
@@ -100,6 +102,7 @@ def test_a_stranger_s_space_is_no_place_for_the_teacher(
         small.convert(Job(home / "sd15.safetensors", tmp_path, how, images=home / "images"))
 
 
+@pytest.mark.slow
 def test_over_a_rotation_the_original_stays_what_it_is(
     home: Path, rotated: Path, tmp_path: Path
 ) -> None:
@@ -121,11 +124,13 @@ def test_without_images_the_original_paints_them(home: Path, strange: Path, tmp_
     how = recipe(home, strange, "same", teacher="data")
     small.convert(Job(home / "sd15.safetensors", tmp_path, how, measure=False))
     assert (tmp_path / "bridge.safetensors").exists()
-    with Checkpoint(home / "sd15.safetensors") as before:
-        with Checkpoint(tmp_path / "model.safetensors") as after:
-            name = "model.diffusion_model.out.2.weight"
-            assert before.raw(name) != after.raw(name)
-            assert all(after[key].isfinite().all() for key in after)
+    name = "model.diffusion_model.out.2.weight"
+    with (
+        Checkpoint(home / "sd15.safetensors") as before,
+        Checkpoint(tmp_path / "model.safetensors") as after,
+    ):
+        assert before.raw(name) != after.raw(name)
+        assert all(after[key].isfinite().all() for key in after)
 
 
 def test_a_bridge_carries_noise_and_answers() -> None:
@@ -172,18 +177,13 @@ def test_a_vae_that_does_not_fit_is_refused(
     assert wanted in refused(line, tmp_path, capsys)
 
 
-def test_the_command_line_names_scale_and_shift(
-    home: Path, rotated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "own.toml"
-    file.write_text(
-        '[train]\nsteps = 1\n[target]\nteacher = "data"\n[evaluate]\npictures = 2\nsteps = 1\n',
-        encoding="utf-8",
-    )
-    words = ["convert", home / "sdxl.safetensors", "--to", "same", "--vae", rotated]
-    words += ["--vae-scale", "0.7", "--vae-shift", "-0.5", "--recipe", file]
-    command.run([*words, "--images", home / "images", "--out", tmp_path / "run"])
-    identity = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
-    assert identity["recipe"]["data"]["vae_scale"] == 0.7
-    assert identity["recipe"]["data"]["vae_shift"] == -0.5
-    assert (tmp_path / "run/model.safetensors").exists()
+def test_the_command_line_names_scale_and_shift(home: Path, rotated: Path) -> None:
+    how = with_vae(load(), rotated, 0.7, -0.5)
+    assert (how.data.vae, how.data.vae_scale, how.data.vae_shift) == (str(rotated), 0.7, -0.5)
+    assert with_vae(load(), Path("pocket-eq"), None, None).data.vae == str(pocket.VAE)
+    with (
+        Checkpoint(home / "sdxl.safetensors") as file,
+        exchange.with_vae(file, override(how, vae_fold=False)) as found,
+    ):
+        layout = detect(found)
+    assert (layout.scaling, layout.shift) == (0.7, -0.5)

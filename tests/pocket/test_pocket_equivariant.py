@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -45,6 +46,7 @@ def test_the_shipped_vae_is_another_space_and_more_equivariant():
         assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_where_it_stopped(tmp_path: Path):
     run = replace(RUN, steps=3, keep_every=2, batch=1)
     torch.manual_seed(0)
