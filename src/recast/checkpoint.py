@@ -177,6 +177,7 @@ def write(
     *,
     force: bool = False,
     sources: Sequence[Path | str] = (),
+    twins: bool = False,
 ) -> str:
     """Stream tensors into a file that appears whole or not at all; returns its sha256.
 
@@ -204,7 +205,8 @@ def write(
         if missing := next(wanted, None):
             raise ValueError(f"no tensor was given for {missing}")
 
-    return commit(path, fill, size=len(head) + data, force=force, sources=sources)
+    size = len(head) + data
+    return commit(path, fill, size=size, force=force, sources=sources, twins=twins)
 
 
 def write_dict(
@@ -214,10 +216,12 @@ def write_dict(
     *,
     force: bool = False,
     sources: Sequence[Path | str] = (),
+    twins: bool = False,
 ) -> str:
-    """As write, for tensors that are in memory."""
+    """As write, for tensors that are in memory; twins as of `commit`."""
     specs = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
-    return write(path, specs, tensors.items(), metadata or {}, force=force, sources=sources)
+    about = metadata or {}
+    return write(path, specs, tensors.items(), about, force=force, sources=sources, twins=twins)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

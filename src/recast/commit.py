@@ -55,15 +55,17 @@ def commit(
     size: int,
     force: bool = False,
     sources: Sequence[Path | str] = (),
+    twins: bool = False,
 ) -> str:
     """Let `write` fill a file, make it appear at path in one step and return its sha256.
 
     size: bytes that will be written, for the space check. sources: files the content is read from,
-    never overwritten, not even by force. Missing folders are created. Raises Refused (nothing
-    written) or NoRoom (what was there before still is).
+    never overwritten, not even by force. twins: others may be writing the same bytes there, the
+    last one wins; else a second writer is refused. Missing folders are created. Raises Refused
+    (nothing written) or NoRoom (what was there before still is).
     """
     path = Path(path)
-    refuse_target(path, force=force, sources=sources)
+    refuse_target(path, force=force, sources=sources, twins=twins)
     with _named_errors(path, size):
         swept = standing(path.parent)
         sweep(swept)
@@ -72,7 +74,8 @@ def commit(
         temporary, fd = _create(path)
         try:
             try:
-                _refuse_rival(path, temporary)  # who began at the same moment: neither goes on
+                if not twins:  # who began at the same moment: neither goes on
+                    _refuse_rival(path, temporary)
                 digest = _fill(fd, write)
                 if path.exists() and not force:  # since the work began
                     raise Refused(f"{path} has appeared meanwhile: name another file.")
@@ -90,7 +93,9 @@ def commit(
     return digest
 
 
-def refuse_target(path: Path, *, force: bool = False, sources: Sequence[Path | str] = ()) -> None:
+def refuse_target(
+    path: Path, *, force: bool = False, sources: Sequence[Path | str] = (), twins: bool = False
+) -> None:
     """Raise Refused where commit would, so that long work can be refused before it begins."""
     for source in sources:
         if path.exists() and Path(source).exists() and path.samefile(source):
@@ -99,7 +104,8 @@ def refuse_target(path: Path, *, force: bool = False, sources: Sequence[Path | s
         raise Refused(f"{path} is a folder: name a file to write.")
     if path.exists() and not force:
         raise Refused(f"{path} exists: name another file, or give --force to replace it.")
-    _refuse_rival(path)
+    if not twins:
+        _refuse_rival(path)
 
 
 def require_room(folder: Path, size: int) -> None:

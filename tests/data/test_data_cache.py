@@ -4,12 +4,14 @@ import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from PIL import Image
 from tests import tiny
 
+from recast.commit import commit
 from recast.data import cache
 from recast.data.buckets import Buckets
 from recast.data.cache import Dataset, Store, fetch, prepare
@@ -165,6 +167,23 @@ def test_vae_that_makes_nan_is_named(store: Store, images: Path) -> None:
     entry = next(prepare(scan(images), store))
     with pytest.raises(Refused, match=r"0\.png: the VAE makes NaN"):
         replace(store, model=Broken()).encode(entry.example, entry.fit)  # type: ignore[arg-type]
+
+
+def test_an_entry_that_another_worker_is_writing_is_written_too(tmp_path: Path) -> None:
+    def make() -> dict[str, torch.Tensor]:
+        return {"a": torch.ones(3)}
+
+    fetch(tmp_path, {"n": 1}, make)
+    path = next(tmp_path.rglob("*.safetensors"))
+    whole = path.read_bytes()
+    path.unlink()
+
+    def other(file: BinaryIO) -> None:
+        assert fetch(tmp_path, {"n": 1}, make)[1] == "made"
+        file.write(whole)
+
+    commit(path, other, size=len(whole), force=True, twins=True)
+    assert fetch(tmp_path, {"n": 1}, make)[1] == "read"
 
 
 def hammer(root: Path, worker: int) -> None:

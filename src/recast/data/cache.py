@@ -45,7 +45,7 @@ def fetch(
     if found and (stored := verified(path, text)) is not None:
         return stored, "read"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-    write_dict(path, tensors, {KEY: text, CONTENT: content(tensors)}, force=True)
+    write_dict(path, tensors, {KEY: text, CONTENT: content(tensors)}, force=True, twins=True)
     return tensors, "remade" if found else "made"
 
 
