@@ -170,7 +170,7 @@ def told(reading: Reading) -> dict[str, Any]:
         "data": reading.data,
         "drift_by_level": [float(f"{drift:.5g}") for drift, _ in reading.levels],
         "data_by_level": [float(f"{data:.5g}") for _, data in reading.levels],
-        **{name.replace(" ", "_"): v for name, v in zip(NAMES, reading.figures, strict=False)},
+        **{name.replace(" ", "_"): v for name, v in zip(NAMES, reading.figures, strict=True)},
     }
 
 
@@ -179,7 +179,7 @@ def scalars(reading: Reading) -> dict[str, float]:
     values = {"drift/average": reading.drift, "validation/data": reading.data}
     for k, (drift, data) in enumerate(reading.levels):
         values |= {f"drift/t{k:02d}": drift, f"validation/t{k:02d}": data}
-    values |= {f"collapse/{name}": v for name, v in zip(NAMES, reading.figures, strict=False)}
+    values |= {f"collapse/{name}": v for name, v in zip(NAMES, reading.figures, strict=True)}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
