@@ -11,8 +11,8 @@ from the same noise at the same noise levels: `lcm` takes x0 and puts fresh nois
 on it each step, `euler` goes on with its own eps. In the last row the LoRA is merged into the
 original before that is converted. Figures: share of pictures that the judge finds right, PSNR to
 the original's 25-step picture (guidance 3), and PSNR to what the original paints with the same LoRA
-or without, same sampler and steps. 48 pictures, half of them of combinations that pocket-xl never saw. One
-seed, one thread.
+or without, same sampler and steps. 48 pictures, half of them of combinations that pocket-xl never
+saw. One seed, one thread.
 """
 
 from __future__ import annotations
