@@ -15,9 +15,11 @@ from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.fixed import FIXED, PREVIEWS, hold_out
 from recast.convert.folder import Stopped
+from recast.convert.watch import scalars, told
 from recast.data.cache import Made
 from recast.errors import Diverged, Refused
 from recast.evaluate.report import load_report
+from recast.evaluate.validation import Reading
 from recast.events import Event, Measured, Note, Stage
 from recast.recipe import Recipe, load, override
 from recast.train import latest
@@ -244,3 +246,11 @@ def job_null(home: Path, held: list[torch.Tensor] = []) -> torch.Tensor:  # noqa
         with torch.no_grad():
             held.append(model.condition([""]).context[0])
     return held[0]
+
+
+def test_without_the_alarm_a_reading_has_no_figures_to_tell() -> None:
+    reading = Reading(3, 0.5, 0.7, (), ((0.5, 0.7),))
+    assert told(reading)["drift_by_level"] == [0.5]
+    assert set(scalars(reading)) == {
+        "drift/average", "drift/t00", "validation/data", "validation/t00",
+    }  # fmt: skip

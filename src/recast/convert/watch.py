@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recast.convert.fixed import FIXED, PREVIEWS, Originals, previews, read_originals, validates
 from recast.errors import Diverged
 from recast.evaluate.alarm import good, lost
-from recast.evaluate.validation import NAMES, Fixed, Reading, read, read_fixed
+from recast.evaluate.validation import Fixed, Reading, read, read_fixed
 from recast.events import Event, Measured, Note, Stage
 from recast.recipe import Recipe
 from recast.train import latest
@@ -170,7 +170,7 @@ def told(reading: Reading) -> dict[str, Any]:
         "data": reading.data,
         "drift_by_level": [float(f"{drift:.5g}") for drift, _ in reading.levels],
         "data_by_level": [float(f"{data:.5g}") for _, data in reading.levels],
-        **{name.replace(" ", "_"): v for name, v in zip(NAMES, reading.figures, strict=True)},
+        **{name.replace(" ", "_"): value for name, value in reading.named.items()},
     }
 
 
@@ -179,7 +179,7 @@ def scalars(reading: Reading) -> dict[str, float]:
     values = {"drift/average": reading.drift, "validation/data": reading.data}
     for k, (drift, data) in enumerate(reading.levels):
         values |= {f"drift/t{k:02d}": drift, f"validation/t{k:02d}": data}
-    values |= {f"collapse/{name}": v for name, v in zip(NAMES, reading.figures, strict=True)}
+    values |= {f"collapse/{name}": value for name, value in reading.named.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

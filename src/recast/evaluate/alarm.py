@@ -57,7 +57,7 @@ def bands(readings: Sequence[Reading], fixed: Fixed) -> dict[str, tuple[float, f
 
 def left(reading: Reading, held: dict[str, tuple[float, float]]) -> tuple[Left, ...]:
     """The figures of a reading outside their bands; what is not a number is outside of any."""
-    values = {DRIFT: reading.drift, **dict(zip(NAMES, reading.figures, strict=True))}
+    values = {DRIFT: reading.drift, **reading.named}
     return tuple(
         Left(name, value, *held[name])
         for name, value in values.items()

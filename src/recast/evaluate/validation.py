@@ -67,13 +67,21 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Reading:
-    """One validation after `step` steps; `levels` are drift and data error of each tenth of t."""
+    """One validation after `step` steps; `levels` are drift and data error of each tenth of t.
+
+    `figures` are those of NAMES, or none at all where nothing was decoded.
+    """
 
     step: int
     drift: float
     data: float
     figures: tuple[float, ...]
     levels: tuple[tuple[float, float], ...]
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The figures by their names."""
+        return dict(zip(NAMES, self.figures, strict=True)) if self.figures else {}
 
 
 @torch.no_grad()
