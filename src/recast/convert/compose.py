@@ -123,7 +123,10 @@ def same_noise(pictures: dict[str, list[Tensor]], bridge: Bridge | None) -> Figu
     if bridge is not None:
         if not bridge.residual <= FAR:
             return unmeasured("another latent space: the same noise is another picture")
-        note += ", and that of the same VAE; the noise was carried over by a rotation"
+        note = (
+            "original: the untrained exact wrapper with its own VAE, which another VAE cannot "
+            "reach; the noise was carried over by a rotation"
+        )
     old = pictures["original"]
     ceiling, reached = (agreement(old, pictures[name]).mean for name in ("wrapper", "converted"))
     return measured(ceiling, reached, count=len(old), note=note)
