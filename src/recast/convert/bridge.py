@@ -112,6 +112,13 @@ def crossed(old: Model, new: Model, latents: Tensor) -> Tensor:
     return torch.cat([new.encode(part).float() for part in parts])
 
 
+@torch.no_grad()
+def through(model: Model, pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures (3, H, W) as the model's VAE gives them back: the most its own can be like them."""
+    shown = (model.decode(model.encode(picture[None])) for picture in pictures)
+    return [picture[0].float().clamp(-1, 1).cpu() for picture in shown]
+
+
 def keep(folder: Folder, bridge: Bridge) -> None:
     """Write the bridge into the run's folder."""
     errors = torch.tensor([bridge.apart, bridge.residual, bridge.linear])

@@ -127,7 +127,14 @@ def read_identity(root: Path) -> dict[str, object] | None:
 
 def clear(root: Path, outputs: tuple[str, ...]) -> None:
     """Remove a run's own files: the outputs it is known to write, its state and its caches."""
-    for name in (*outputs, "recipe.toml", "base.json", "log.jsonl", "pictures.png"):
+    for name in (
+        *outputs,
+        "recipe.toml",
+        "base.json",
+        "bridge.safetensors",
+        "log.jsonl",
+        "pictures.png",
+    ):
         (root / name).unlink(missing_ok=True)
     for name in ("state", "cache", "pairs", "pictures", "previews", "tb", "watch"):
         if (root / name).is_dir():

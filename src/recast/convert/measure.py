@@ -84,6 +84,8 @@ def measure(
         config=config_folder(written, folder),
     )  # fmt: skip
     pictures = {name: [picture.image for picture in group] for name, group in made.items()}
+    if bridge is not None:
+        pictures["through the VAE"] = bridges.through(written, pictures["original"])
     report = compose(job, folder, test, pictures, table, source, objective)
     null, null_shots = nulls.joined(unprompted, nulls.side(written, job, test), test)
     report = replace(report, howto=howto, hashes=files, null=null, null_shots=null_shots)
