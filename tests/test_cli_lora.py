@@ -117,7 +117,7 @@ def test_export_and_dry_run(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert trunks == sorted(trunks, reverse=True)
     assert (seen["resolution"], seen["batch"]) == (64, 1)
     assert not (run / "split").exists()
-    words = ["--rank", "2", "--profile", "OUT01", "--dry-run", "--out", run / "split"]
+    words = ["--rank", "2", "--profile", "OUT01", "--dry-run"]
     seen = recast(capsys, "split", model, *words)
     assert [row["block"] for row in seen["blocks"]] == ["OUT01", "all"]
 
@@ -133,6 +133,7 @@ def test_export_and_dry_run(run: Path, capsys: pytest.CaptureFixture[str]) -> No
         ),
         (["export", "MODEL", "--to", "kohya", "--out", "x"], "no adapter entry"),
         (["split", "MODEL", "--out", "x", "--rank", "-3"], "at least 1"),
+        (["split", "MODEL"], "give --out, or --dry-run"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

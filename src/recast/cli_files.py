@@ -121,8 +121,9 @@ def sample(
 def split(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="Folder for adapter.safetensors and residual.safetensors.")
-    ],
+        Path | None,
+        typer.Option(help="Folder for adapter.safetensors and residual.safetensors."),
+    ] = None,
     rank: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,12 +166,14 @@ def split(
     from recast.layout import detect, open_checkpoint
     from recast.layout.sites import MATRICES
 
+    if out is None and not dry_run:
+        raise Refused("split has no folder to write into: give --out, or --dry-run to only look.")
     rules, form = rank or ["64"], dtype_of("--adapter-dtype", adapter_dtype)
     with open_checkpoint(model_path(model)) as checkpoint:
         named = detect(checkpoint).sites(profile)
         # the norms and biases of a block stay in the residual
         sites = [s for s in named if s.param == "weight" and s.kind in MATRICES] or named
-        if dry_run:
+        if out is None or dry_run:
             show_forecast(checkpoint, sites, rules, form, resolution, batch, json=json)
             return
         made = split_files(
