@@ -1,5 +1,6 @@
 """Recipes: presets, overlays, refusals that name the nearest key, exact round trips."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from recast import recipe as recipes
 from recast.errors import Refused
 from recast.recipe import differences, dump_toml, load, override, presets
+
+SOURCE = Path(__file__).parents[1] / "src"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -207,3 +210,15 @@ def test_rates_survive_a_round_trip(tmp_path: Path) -> None:
 def test_places_are_all_that_is_ever_trained() -> None:
     assert load().train.places == "readout"
     assert override(load(), widen="time,IN01").train.places == "readout,time,IN01"
+
+
+def test_the_same_recipe_is_the_same_text_in_every_process() -> None:
+    code = "from recast.recipe import dump_toml, load; print(dump_toml(load()))"
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(SOURCE)},
+        ).stdout
+        for seed in range(5)
+    }  # fmt: skip
+    assert len(texts) == 1

@@ -188,7 +188,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _table(name: str, values: Mapping[str, Any]) -> list[str]:
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     lines = ["", f"[{name}]", *(f"{_key(key)} = {_toml(value)}" for key, value in plain.items())]
-    for key in values.keys() - plain.keys():
+    for key in (key for key in values if key not in plain):  # not a set: the bytes are hashed
         lines += _table(f"{name}.{_key(key)}", values[key])
     return lines
 
