@@ -125,6 +125,47 @@ def readout_arms() -> dict[str, Arm]:
     return found
 
 
+def choice_arms() -> dict[str, Arm]:
+    """What the defaults are chosen from: materials, warm starts, steps (e, g and k of the plan)."""
+    mix = {"source": "mix", "pictures": 100}
+    settings: dict[str, dict[str, Any]] = {
+        "mix-replay": mix,
+        "mix-replay-20": {"source": "mix", "pictures": 20},
+        "mix-dreams": {**mix, "mix_with": "dreams"},
+        "warm-clock": {"warm": "clock"},
+        "warm-output": {"warm": "output"},
+        "rate-0.002": {"lr": 2e-3},
+        "clock-mix": {**mix, "warm": "clock"},
+        "clock-time": {"warm": "clock", "profile": "readout,time"},
+        "clock-time-mix": {**mix, "warm": "clock", "profile": "readout,time"},
+        "clock-time-mix-20": {**mix, "pictures": 20, "warm": "clock", "profile": "readout,time"},
+        "steps-800": {"steps": 800},
+        "auto": {"steps": "auto"},
+        "mix-auto": {**mix, "steps": "auto"},
+        "ema": {"ema": 0.99},
+        "widen": {"widen": "OUT00,OUT01,OUT02,OUT03,OUT04,OUT05"},
+        "target-mix-t": {"teacher": "mix", "mix": [[0, 0.0], [0.9, 0.0], [1, 1.0]]},
+    }
+    found = {f"xl/{n}": Arm(f"read-out, {', '.join(map(str, s))}", s) for n, s in settings.items()}
+    found["xl/replay-auto"] = Arm(
+        "read-out, replay of 100 pictures, auto", {"steps": "auto", "pictures": 100},
+        images="dreams",
+    )  # fmt: skip
+    found["xl/clock-replay"] = Arm(
+        "read-out, clock warm, replay of 100 pictures", {"warm": "clock", "pictures": 100},
+        images="dreams",
+    )  # fmt: skip
+    found["xl/clock-time-replay"] = Arm(
+        "read-out and time, clock warm, replay of 100 pictures",
+        {"warm": "clock", "profile": "readout,time", "pictures": 100}, images="dreams",
+    )  # fmt: skip
+    found["xl/replay-100-800"] = Arm(
+        "read-out, replay of 100 pictures, 800 steps", {"steps": 800, "pictures": 100},
+        images="dreams",
+    )  # fmt: skip
+    return found
+
+
 def direction_arms() -> dict[str, Arm]:
     """Every direction; sources that are not shipped are made by another arm."""
     made = {"v": "v", "v-zsnr": "v-zsnr", "flow": "default"}
@@ -182,5 +223,6 @@ def vae_arms() -> dict[str, Arm]:
 
 FIRST = "readout,IN,IN00,IN01"
 ARMS = {
-    **main_arms(), **tuned_arms(), **readout_arms(), **direction_arms(), **vae_arms(),
+    **main_arms(), **tuned_arms(), **readout_arms(), **choice_arms(), **direction_arms(),
+    **vae_arms(),
 }  # fmt: skip

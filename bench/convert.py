@@ -205,18 +205,30 @@ def original(file: Path, job: Job, objective: str | None) -> list[Tensor]:
 def compute(job: Job) -> Row:
     """Forward-equivalents of the arm: those of its training steps, and of making its pictures."""
     from recast.checkpoint import Checkpoint
+    from recast.convert.sources import sources_of
     from recast.markers import read_objective
 
     how, data = job.recipe.train, job.recipe.data
     with Checkpoint(job.model) as checkpoint:
         source = str(read_objective(checkpoint.specs, checkpoint.metadata).objective)
-    one, step = operations(job, source)
-    trained = how.steps * how.batch * how.accumulate * step / one
-    dreamt = 0 if job.images else data.pictures * data.replay_steps * 2
-    return {"forwards": round(trained + dreamt), "step": round(step / one, 3)}
+    given = sources_of(job)
+    one, step = operations(job, source, replay=given.images is None)
+    if given.images and given.dreams == "replay":
+        dearer, cheaper = step, operations(job, source, replay=True)[1]
+        step = data.mix_share * dearer + (1 - data.mix_share) * cheaper
+    steps = taken(job.out)
+    dreamt = data.pictures * data.replay_steps * 2 if given.dreams else 0
+    trained = steps * how.batch * how.accumulate * step / one
+    return {"forwards": round(trained + dreamt), "step": round(step / one, 3), "steps": steps}
 
 
-def operations(job: Job, source: str) -> tuple[float, float]:
+def taken(out: Path) -> int:
+    """How many steps the run took, by its log."""
+    *_, last = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(json.loads(last)["step"])
+
+
+def operations(job: Job, source: str, *, replay: bool) -> tuple[float, float]:
     """Floating-point operations of one sample: a forward, and a training step."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -240,7 +252,7 @@ def operations(job: Job, source: str) -> tuple[float, float]:
     attached = attach({"unet": model.unet}, start, sites)
     condition, half = model.condition([""]), torch.full((1,), 0.5)
     x = torch.randn(1, *model.latent_shape())
-    made = replayed if job.images is None else noised
+    made = replayed if replay else noised
     draw = made(objective, x, half, x, condition, half.long())
     moved = bool(job.recipe.data.vae)
     trunk = None if moved else shared(model.unet, attached, model.objective, objective)
