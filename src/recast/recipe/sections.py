@@ -18,6 +18,7 @@ Whole = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Line = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Names = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[A-Za-z0-9_.,* -]+$")]
@@ -124,7 +125,7 @@ class Train(_Section):
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     base: Literal["full", "8bit", "4bit"]
-    warm: Literal["none", "clock", "output", "clock,output"]
+    warm: Annotated[str, Field(pattern=rf"^(auto|none|{WARMS}(,{WARMS})*)$")]
     checkpoint_every: Count
 
     @property
@@ -136,6 +137,26 @@ class Train(_Section):
     def places(self) -> str:
         """Every layer that is trained sooner or later, as a profile."""
         return f"{self.profile},{self.widen}" if self.widen else self.profile
+
+
+class Network(_Section):
+    """What is put into the layers; `dim`, `alpha` and their `conv_` twins are a LoRA's alone.
+
+    Dropouts act on what is learned, never on the weights it began with.
+    """
+
+    kind: Literal["auto", "principal", "lora", "full"]
+    dim: Count
+    alpha: Positive
+    conv_dim: Whole
+    conv_alpha: Positive
+    dropout: Rate
+    rank_dropout: Rate
+    module_dropout: Rate
+    text_stop: Whole
+    text_share: Annotated[float, Field(gt=0, le=1)]
+    save: Literal["fp32", "fp16", "bf16"]
+    merge: bool
 
 
 class Noise(_Section):
@@ -176,6 +197,41 @@ class Data(_Section):
     jitter: Share
 
 
+class Images(_Section):
+    """What every folder of images gets that does not say otherwise itself; kohya's words.
+
+    `caption_variants` and `image_variants` are how many of each are cached where a setting makes
+    them vary; 0 in the bucket limits is half and twice the side.
+    """
+
+    class_tokens: Line
+    caption_extension: Annotated[str, StringConstraints(pattern=r"^(\.[A-Za-z0-9]{1,16})?$")]
+    on_missing_caption: Literal["empty", "refuse", "skip"]
+    shuffle_caption: bool
+    keep_tokens: Whole
+    keep_tokens_separator: Line
+    caption_separator: Annotated[Line, StringConstraints(min_length=1)]
+    secondary_separator: Line
+    enable_wildcard: bool
+    caption_prefix: Line
+    caption_suffix: Line
+    caption_dropout_every_n_epochs: Whole
+    caption_tag_dropout_rate: Share
+    caption_variants: Annotated[int, Field(ge=1, le=1000)]
+    flip_aug: bool
+    color_aug: bool
+    random_crop: bool
+    image_variants: Annotated[int, Field(ge=1, le=1000)]
+    alpha_mask: bool
+    masks: Line
+    prior_loss_weight: Amount
+    enable_bucket: bool | Literal["auto"]
+    min_bucket_reso: Whole
+    max_bucket_reso: Whole
+    bucket_reso_steps: Count
+    bucket_no_upscale: bool
+
+
 class Evaluate(_Section):
     """How the result is measured: `pictures` from the same noise by both models."""
 
@@ -207,8 +263,10 @@ class Recipe(_Section):
     about: Line
     target: Target
     train: Train
+    network: Network
     noise: Noise
     data: Data
+    images: Images
     evaluate: Evaluate
     watch: Watch
 
@@ -221,8 +279,10 @@ class Recipe(_Section):
 SECTIONS: dict[str, dict[str, Any]] = {
     "target": dict(Target.model_fields),
     "train": dict(Train.model_fields),
+    "network": dict(Network.model_fields),
     "noise": dict(Noise.model_fields),
     "data": dict(Data.model_fields),
+    "images": dict(Images.model_fields),
     "evaluate": dict(Evaluate.model_fields),
     "watch": dict(Watch.model_fields),
 }
