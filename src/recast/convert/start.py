@@ -51,13 +51,13 @@ class Start:
 def check(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> None:
     """Refuse a start that does not fit the model or the recipe; an override allows a far one."""
     how = job.recipe.train
-    if how.rank and (job.start or how.warm != "none"):
+    if how.rank and (job.start or how.warm not in ("auto", "none")):
         what = f"--from {job.start}" if job.start else f"train.warm {how.warm!r}"
         raise Refused(f"{what} changes whole layers: set train.rank to 0, or leave it out.")
     if job.start is None:
         return
-    if how.warm != "none":
-        raise Refused("a patch is a start already: set train.warm to none, or leave the patch out.")
+    if how.warm not in ("auto", "none"):
+        raise Refused("a patch is a start already: set train.warm to auto, or leave the patch out.")
     patch = read_patch(job.start)
     if patch.metadata["recast.objective"] != objective:
         raise Refused(
@@ -98,7 +98,7 @@ def begin(
     if how.rank:
         return Start(principal(checkpoint, folder, sites, how.rank), sites)
     bridge = material.bridge
-    if job.start is None and how.warm == "none" and bridge is None:
+    if job.start is None and bridge is None and not warms(job, model.objective, objective):
         return Start(zeros_full(checkpoint, sites), sites)
     if not folder.has(FILE):
         zeros = zeros_full(checkpoint, sites)
@@ -154,6 +154,18 @@ def _based(
     return as_change(entries, Adapter(entries, about))
 
 
+def warms(job: Job, source: Objective, objective: Objective) -> tuple[str, ...]:
+    """The warm starts of a run; "auto": those that show a frozen trunk what it knows.
+
+    Clock and input have nothing to mend where both objectives walk one path.
+    """
+    how = job.recipe.train
+    asked = () if how.warm == "none" else tuple(how.warm.split(","))
+    if asked == ("auto",):
+        asked = () if how.rank or job.start else ("clock", "input")
+    return tuple(kind for kind in asked if kind == "output" or source.path != objective.path)
+
+
 def warmed(
     checkpoint: Checkpoint,
     model: Model,
@@ -163,13 +175,15 @@ def warmed(
     zeros: Adapter,
 ) -> Adapter:
     """Zero changes with what the recipe's warm starts fit in closed form."""
-    kinds = job.recipe.train.warm.split(",")
+    kinds = warms(job, model.objective, objective)
     entries, residuals = dict(zeros.entries), {}
     if material.bridge is not None:
         entries |= over(checkpoint, model, material.bridge)
     if "clock" in kinds:
         found, residuals["clock"] = clock(checkpoint, model, objective)
         entries |= found
+    if "input" in kinds:
+        entries, residuals["input"] = scaled(checkpoint, model, objective, entries)
     if "output" in kinds:
         start = as_change(entries, zeros)
         found, residuals["output"] = output(checkpoint, model, job, material, objective, start)
@@ -205,6 +219,25 @@ def clock(checkpoint: Checkpoint, model: Model, objective: Objective) -> Fitted:
     new = {f"time_embedding.{name}": value for name, value in fit.weights.items()}
     residuals = {"before": fit.before, "solved": fit.solved, "after": fit.after}
     return _changes(checkpoint, model, new), residuals
+
+
+def scaled(
+    checkpoint: Checkpoint,
+    model: Model,
+    objective: Objective,
+    entries: Mapping[str, LowRank | Full],
+) -> tuple[dict[str, LowRank | Full], dict[str, float]]:
+    """Entries with the first convolution scaled to the source's samples, and the errors."""
+    from recast.train import fit_input
+
+    fit = fit_input(model.objective.path, objective.path)
+    name = "conv_in.weight"
+    site = {site.name: site for site in model.layout.sites("unet")}[name]
+    old = read_site(checkpoint, site).float()
+    held = entries.get(entry_name(site))
+    so_far = old if held is None else old + held.dense()
+    new = _changes(checkpoint, model, {name: fit.factor * so_far})
+    return {**entries, **new}, {"before": fit.before, "after": fit.after}
 
 
 def output(

@@ -22,6 +22,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Line = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Names = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[A-Za-z0-9_.,* -]+$")]
+WARMS = "(clock|input|output)"
 Class = Annotated[
     str, StringConstraints(max_length=200, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 ]
@@ -125,7 +126,7 @@ class Train(_Section):
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     base: Literal["full", "8bit", "4bit"]
-    warm: Annotated[str, Field(pattern=rf"^(auto|none|{WARMS}(,{WARMS})*)$")]
+    warm: Annotated[str, StringConstraints(pattern=rf"^(auto|none|{WARMS}(,{WARMS})*)$")]
     checkpoint_every: Count
 
     @property

@@ -9,7 +9,7 @@ from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Stud
 from recast.train.schedules import SCHEDULES, Schedule, warmup
 from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
 from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, guided, mix
-from recast.train.warm import Fit, OutputFit, fit_clock, fit_output
+from recast.train.warm import Fit, InputFit, OutputFit, fit_clock, fit_input, fit_output
 
 __all__ = [
     "DISTANCES",
@@ -22,6 +22,7 @@ __all__ = [
     "Draw",
     "Ema",
     "Fit",
+    "InputFit",
     "Found",
     "Learned",
     "OutputFit",
@@ -36,6 +37,7 @@ __all__ = [
     "checked",
     "criterion",
     "fit_clock",
+    "fit_input",
     "fit_output",
     "from_data",
     "from_teacher",

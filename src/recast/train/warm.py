@@ -1,10 +1,12 @@
 """Warm starts: what can be fitted in closed form before the first step.
 
     clock     MLP'(features(embed'(t))) = MLP(features(embed(tau(t))))     for t in [0, 1]
+    input     k = E[r(t) |x|²] / E[|x|²]     where r(t) x on the source's path is x on the target's
     output    conv_out'(h(x, t)) = what the teacher answers at (x, t)      on a few latents
 
 tau(t) is the time on the source's path with the same sigma/alpha, h what the last convolution is
-given. Off by default: docs/log.md has what each gave.
+given. Clock and input show a frozen trunk nearly what it knows: what is left of them is the part of
+r(t) that no constant is. docs/log.md has what each gave.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recast.objective import Path, retime
+from recast.objective import Path, carry, retime
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,36 @@ def _error(output: Tensor, wanted: Tensor) -> float:
 
 def _weights(mlp: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in mlp.named_parameters()}
+
+
+@dataclass(frozen=True)
+class InputFit:
+    """The factor of the first convolution's weights, and the error |k x - r x| / |r x|.
+
+    `before` is that of k = 1.
+    """
+
+    factor: float
+    before: float
+    after: float
+
+
+def fit_input(source: Path, target: Path, *, points: int = 1000) -> InputFit:
+    """The constant nearest to the scale between the samples of two paths.
+
+    Data and noise are taken for independent and of variance 1, so |x|² = alpha² + sigma².
+    """
+    t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    alpha, sigma = target(t)
+    power = alpha.square() + sigma.square()
+    r, _ = carry(torch.ones_like(t), t, target, source)
+    factor = ((r * power).sum() / power.sum()).item()
+
+    def error(k: float) -> float:
+        missed, whole = ((k - r).square() * power).sum(), (r.square() * power).sum()
+        return (missed / whole).sqrt().item()
+
+    return InputFit(factor, error(1.0), error(factor))
 
 
 @dataclass(frozen=True)
