@@ -20,6 +20,7 @@ LAYERS = {
     **dict.fromkeys(["evaluate", "recipe", "inspection"], 5),
     "wishes": 5.4,
     **dict.fromkeys(["dream", "painting"], 5.5),
+    "surgery": 5.6,
     **dict.fromkeys(["convert", "verification"], 6),
     "console": 6.5,
     "show": 6.6,

@@ -1,0 +1,1 @@
+"""Adapters cut, shrunk, joined and looked into: pure functions on tensors, verbs on files."""
