@@ -135,6 +135,11 @@ def choice_arms() -> dict[str, Arm]:
         "warm-clock": {"warm": "clock"},
         "warm-output": {"warm": "output"},
         "rate-0.002": {"lr": 2e-3},
+        "warm-clock-input": {"warm": "clock,input"},
+        "warm-clock-input-mix": {**mix, "warm": "clock,input"},
+        "warm-clock-input-mix-20": {**mix, "pictures": 20, "warm": "clock,input"},
+        "warm-clock-input-auto": {"warm": "clock,input", "steps": "auto"},
+        "warm-clock-input-mix-auto": {**mix, "warm": "clock,input", "steps": "auto"},
         "clock-mix": {**mix, "warm": "clock"},
         "clock-time": {"warm": "clock", "profile": "readout,time"},
         "clock-time-mix": {**mix, "warm": "clock", "profile": "readout,time"},
@@ -150,6 +155,10 @@ def choice_arms() -> dict[str, Arm]:
     found["xl/replay-auto"] = Arm(
         "read-out, replay of 100 pictures, auto", {"steps": "auto", "pictures": 100},
         images="dreams",
+    )  # fmt: skip
+    found["xl/warm-clock-input-replay"] = Arm(
+        "read-out, clock and input warm, replay of 100 pictures",
+        {"warm": "clock,input", "pictures": 100}, images="dreams",
     )  # fmt: skip
     found["xl/clock-replay"] = Arm(
         "read-out, clock warm, replay of 100 pictures", {"warm": "clock", "pictures": 100},
