@@ -15,7 +15,8 @@ the original's weights they have no factors, or none without the base.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from recast.adapter.file import Adapter
 from recast.adapter.spelling import paths, plan_of, shapes, spelt
-from recast.checkpoint import Checkpoint
+from recast.checkpoint import Checkpoint, Spec
 from recast.errors import Refused
 from recast.layout import Layout, Plan
 from recast.layout.loras import PEFT, foreign, format_of, parse
@@ -49,6 +50,34 @@ class Raw:
     plan: Plan | None
 
 
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of one module by suffix, each read from its file when it is asked for.
+
+    alpha: what a configuration gives it; a tensor of the file comes before that.
+    """
+
+    def __init__(self, file: Checkpoint, keys: Mapping[str, str], alpha: float | None) -> None:
+        self._file, self.keys_in_file = file, keys
+        self._alpha = None if "alpha" in keys else alpha
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        if suffix == "alpha" and self._alpha is not None:
+            return torch.tensor(self._alpha)
+        return self._file[self.keys_in_file[suffix]]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.keys_in_file
+        if self._alpha is not None:
+            yield "alpha"
+
+    def __len__(self) -> int:
+        return len(self.keys_in_file) + (self._alpha is not None)
+
+    def spec(self, suffix: str) -> Spec:
+        """Dtype and shape of a tensor of the file, which is not read."""
+        return self._file.specs[self.keys_in_file[suffix]]
+
+
 def read_adapter(path: Path, layout: Layout | None = None) -> Adapter:
     """Read an adapter of any format in fp32, accounting for every key.
 
@@ -67,23 +96,30 @@ def read_adapter(path: Path, layout: Layout | None = None) -> Adapter:
 
 def read_raw(path: Path, layout: Layout | None = None) -> Raw:
     """Sort an adapter file, or a PEFT folder, by modules."""
+    with open_raw(path, layout) as raw:
+        return replace(raw, modules={lora: dict(found) for lora, found in raw.modules.items()})
+
+
+@contextmanager
+def open_raw(path: Path, layout: Layout | None = None) -> Iterator[Raw]:
+    """As read_raw, with modules of Tensors: nothing but the header is read before it is used."""
     path = Path(path)
     plan = layout.plan if layout else None
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Mapping[str, Tensor]] = {}
     metadata: dict[str, str] = {}
     forms = []
-    for file, part in adapter_files(path):
-        with Checkpoint(file) as source:
-            piece = _sorted(source, plan, part)
-        forms.append(piece.form)
-        metadata |= piece.metadata
-        plan = plan or piece.plan
-        for lora, tensors in piece.modules.items():
-            if lora in found:
-                raise Refused(f"{path} has {lora} twice; keep one of its files.")
-            found[lora] = dict(tensors)
-    _account(path, found)
-    return Raw(found, metadata, forms[0], plan)
+    with ExitStack() as files:
+        for file, part in adapter_files(path):
+            piece = _sorted(files.enter_context(Checkpoint(file)), plan, part)
+            forms.append(piece.form)
+            metadata |= piece.metadata
+            plan = plan or piece.plan
+            twice = found.keys() & piece.modules.keys()
+            if twice:
+                raise Refused(f"{path} has {min(twice)} twice; keep one of its files.")
+            found |= piece.modules
+        _account(path, found)
+        yield Raw(found, metadata, forms[0], plan)
 
 
 def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
@@ -100,16 +136,14 @@ def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
     form = format_of(spots)
     names, plan = _names(file, list(spots), spots, form, plan, part)
     configs = configs_of(file.path, file.metadata, form)
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, Tensors] = {}
     for name, keys in spots.items():
         if names[name] in modules:
             raise Refused(f"{file.path} names the module {names[name]} twice; keep one of them.")
-        tensors = {suffix: file[key] for suffix, key in keys.items()}
-        if "lora_down.weight" in tensors:
-            alpha = alpha_of(configs, name, tensors["lora_down.weight"].shape[0])
-            if alpha is not None:
-                tensors.setdefault("alpha", torch.tensor(alpha))
-        modules[names[name]] = tensors
+        alpha = None
+        if "lora_down.weight" in keys:
+            alpha = alpha_of(configs, name, file.specs[keys["lora_down.weight"]].shape[0])
+        modules[names[name]] = Tensors(file, keys, alpha)
     metadata = {k: v for k, v in file.metadata.items() if k not in (METADATA, "format")}
     return Raw(modules, metadata, form, plan)
 
