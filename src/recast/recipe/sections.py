@@ -248,14 +248,32 @@ class Evaluate(_Section):
 
 
 class Watch(_Section):
-    """What is looked at while training; 0 in `validate_every` and `previews_every` is never."""
+    """What is looked at while training; 0 in what ends in `_every` or `_epochs` is never.
+
+    `prompts` names a file of previews to paint instead of the original's, "" none.
+    """
 
     validate_every: Whole
+    validate_epochs: Whole
     validate_on: Annotated[int, Field(ge=1, le=256)]
+    validate_share: Rate
     alarm: bool
     previews_every: Whole
+    previews_epochs: Whole
+    previews_first: bool
     previews: Annotated[int, Field(ge=1, le=256)]
     preview_steps: Count
+    preview_solver: Line
+    prompts: Line
+
+
+class Save(_Section):
+    """Which adapters stay beside the last one: no part of what a run comes to."""
+
+    every: Whole
+    epochs: Whole
+    keep_last: Whole
+    keep_every: Whole
 
 
 class Recipe(_Section):
@@ -270,6 +288,7 @@ class Recipe(_Section):
     images: Images
     evaluate: Evaluate
     watch: Watch
+    save: Save
 
     def digest(self, *sections: str) -> str:
         """Sha256 of the named sections, or of all but `about`."""
@@ -286,4 +305,5 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "images": dict(Images.model_fields),
     "evaluate": dict(Evaluate.model_fields),
     "watch": dict(Watch.model_fields),
+    "save": dict(Save.model_fields),
 }
