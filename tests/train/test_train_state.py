@@ -30,6 +30,10 @@ from recast.train.tree import flatten, unflatten
 torch.set_num_threads(1)
 LOSS = criterion(from_data(FLOW), FLOW)
 STEPS = 8
+SMALL = {  # what these do with large tensors or late, they shall do in a tiny run
+    "prodigyplus": {"prodigy_steps": 5},  # state shrinks on the way
+    "adamw8bit": {"min_8bit_size": 256},
+}
 
 
 class Run:
@@ -39,8 +43,7 @@ class Run:
         self.net = Tiny(dtype)
         self.named = dict(self.net.named_parameters())
         lr = {} if "d0" in OPTIMIZERS[name].arguments else {"lr": 1e-2}
-        short = {"prodigy_steps": 5} if name == "prodigyplus" else {}  # state shrinks on the way
-        self.optimizer = build(name, self.named.values(), **lr, **short)
+        self.optimizer = build(name, self.named.values(), **lr, **SMALL.get(name, {}))
         self.ema = Ema(list(self.named.values()), 0.9) if with_ema else None
         self.done = 0
 

@@ -20,17 +20,21 @@ from torch.optim import Optimizer
 
 from recast.errors import Refused
 
-__all__ = ["OPTIMIZERS", "Row", "averaged", "build"]
+__all__ = ["ONE_RATE", "OPTIMIZERS", "Row", "averaged", "build"]
 
 logger = logging.getLogger("recast.optim")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where an optimizer's class is, and the arguments it is built with unless told otherwise."""
+    """Where an optimizer's class is, and the arguments it is built with unless told otherwise.
+
+    `adapts`: it finds the rate by itself, one for all layers; lr is then a factor, 1 as a rule.
+    """
 
     path: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    adapts: bool = False
 
 
 PRODIGY_PLUS = {  # the settings published with the "full fine-tune at home" recipe
@@ -48,18 +52,31 @@ PRODIGY_PLUS = {  # the settings published with the "full fine-tune at home" rec
 
 OPTIMIZERS: dict[str, Row] = {
     "adamw": Row("torch.optim.AdamW", {"lr": 1e-3, "weight_decay": 0.0}),
-    "dadaptlion": Row(
-        "pytorch_optimizer.DAdaptLion", {"lr": 1.0, "betas": (0.9, 0.99), "d0": 1e-5}
-    ),
-    "dadaptadam": Row("pytorch_optimizer.DAdaptAdam", {"lr": 1.0, "d0": 1e-5}),
-    "prodigy": Row("pytorch_optimizer.Prodigy", {"lr": 1.0, "betas": (0.9, 0.99)}),
-    "prodigyplus": Row("prodigyplus.ProdigyPlusScheduleFree", PRODIGY_PLUS),
-    "lion": Row("pytorch_optimizer.Lion", {"lr": 1e-4}),
+    "adamw8bit": Row("bitsandbytes.optim.AdamW8bit", {"lr": 1e-3, "weight_decay": 0.0}),
     "adafactor": Row(
         "pytorch_optimizer.AdaFactor",
         {"lr": 1e-4, "relative_step": False, "scale_parameter": False},
     ),
+    "lion": Row("pytorch_optimizer.Lion", {"lr": 1e-4}),
+    "saveus": Row("recast.optim.saveus.Saveus", {"lr": 1e-3}),
+    "dadaptlion": Row(
+        "pytorch_optimizer.DAdaptLion",
+        {"lr": 1.0, "betas": (0.9, 0.99), "d0": 1e-5},
+        adapts=True,
+    ),
+    "dadaptadam": Row("pytorch_optimizer.DAdaptAdam", {"lr": 1.0, "d0": 1e-5}, adapts=True),
+    "dadaptadan": Row(  # d without a bound on its growth overshoots by orders of magnitude
+        "pytorch_optimizer.DAdaptAdan", {"lr": 1.0, "d0": 1e-5, "growth_rate": 1.02}, adapts=True
+    ),
+    "dadaptadagrad": Row(
+        "pytorch_optimizer.DAdaptAdaGrad", {"lr": 1.0, "d0": 1e-5, "eps": 1e-8}, adapts=True
+    ),
+    "dadaptsgd": Row("pytorch_optimizer.DAdaptSGD", {"lr": 1.0, "d0": 1e-5}, adapts=True),
+    "prodigy": Row("pytorch_optimizer.Prodigy", {"lr": 1.0, "betas": (0.9, 0.99)}, adapts=True),
+    "prodigyplus": Row("prodigyplus.ProdigyPlusScheduleFree", PRODIGY_PLUS, adapts=True),
 }
+
+ONE_RATE = tuple(name for name, row in OPTIMIZERS.items() if row.adapts)
 
 
 def build(
@@ -85,6 +102,8 @@ def build(
     cls = _load(name, row.path)
     _check_arguments(name, cls, chosen)
     groups = list(parameters)
+    if row.path.startswith("bitsandbytes."):
+        _try(name, cls, chosen, groups)
     if row.path == "torch.optim.AdamW" and "fused" not in chosen and _all_on_gpu(groups):
         chosen["fused"] = True
     said = io.StringIO()
@@ -137,7 +156,8 @@ def _load(name: str, path: str) -> Any:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise Refused(f"optimizer {name}: {path} cannot be imported ({error})") from error
+        mend = ": pip install 'recast[quant]'" if module.startswith("bitsandbytes") else ""
+        raise Refused(f"optimizer {name}: {path} cannot be imported ({error}){mend}") from error
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise Refused(f"optimizer {name}: {path} is not a torch Optimizer")
     return cls
@@ -153,6 +173,27 @@ def _check_arguments(name: str, cls: type, chosen: Mapping[str, Any]) -> None:
             raise Refused(f"optimizer {name} takes no argument {key!r}; the nearest is {near!r}")
 
 
+def _try(name: str, cls: type, chosen: Mapping[str, Any], groups: list[Any]) -> None:
+    """Take one step on the parameters' device: bitsandbytes has kernels for some devices only."""
+    tensors = _tensors(groups)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    probe = torch.nn.Parameter(torch.linspace(-1, 1, 8192, device=device))
+    probe.grad = probe.detach().clone()
+    try:
+        cls([probe], **chosen).step()
+        fault = "" if probe.isfinite().all() else "its first step is not finite"
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if fault:
+        raise Refused(
+            f"optimizer {name} cannot step on {device} ({fault}): take adamw, or another --device"
+        )
+
+
 def _all_on_gpu(groups: list[Any]) -> bool:
-    tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    tensors = _tensors(groups)
     return bool(tensors) and all(p.is_cuda for p in tensors)
+
+
+def _tensors(groups: list[Any]) -> list[Tensor]:
+    return [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

@@ -95,7 +95,20 @@ class Train(_Section):
     batch: Count
     accumulate: Count
     optimizer: (
-        Literal["adamw", "dadaptlion", "dadaptadam", "prodigy", "prodigyplus", "lion", "adafactor"]
+        Literal[
+            "adamw",
+            "adamw8bit",
+            "adafactor",
+            "lion",
+            "saveus",
+            "dadaptlion",
+            "dadaptadam",
+            "dadaptadan",
+            "dadaptadagrad",
+            "dadaptsgd",
+            "prodigy",
+            "prodigyplus",
+        ]
         | Class
     )
     lr: Positive

@@ -28,6 +28,7 @@ from recast.train.ema import Ema
 from recast.train.tree import flatten, unflatten
 
 NAME = re.compile(r"step(\d{8})")
+WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes' saved states lie one level deeper
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,9 @@ def restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
         mine = optimizer.state[held[index]]
-        for key, value in state.items():
-            mine[key] = _placed(value, mine[key])
+        for key, value in {**state, **state.get(WRAPPED, {})}.items():
+            if key != WRAPPED:
+                mine[key] = _placed(value, mine[key])
     for group in optimizer.param_groups:
         device = group["params"][0].device
         for key, value in group.items():
