@@ -57,13 +57,13 @@ class Tensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, file: Checkpoint, keys: Mapping[str, str], alpha: float | None) -> None:
-        self._file, self.keys_in_file = file, keys
+        self.file, self.keys_in_file = file, keys
         self._alpha = None if "alpha" in keys else alpha
 
     def __getitem__(self, suffix: str) -> Tensor:
         if suffix == "alpha" and self._alpha is not None:
             return torch.tensor(self._alpha)
-        return self._file[self.keys_in_file[suffix]]
+        return self.file[self.keys_in_file[suffix]]
 
     def __iter__(self) -> Iterator[str]:
         yield from self.keys_in_file
@@ -75,7 +75,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def spec(self, suffix: str) -> Spec:
         """Dtype and shape of a tensor of the file, which is not read."""
-        return self._file.specs[self.keys_in_file[suffix]]
+        return self.file.specs[self.keys_in_file[suffix]]
 
 
 def read_adapter(path: Path, layout: Layout | None = None) -> Adapter:
@@ -101,8 +101,14 @@ def read_raw(path: Path, layout: Layout | None = None) -> Raw:
 
 
 @contextmanager
-def open_raw(path: Path, layout: Layout | None = None) -> Iterator[Raw]:
-    """As read_raw, with modules of Tensors: nothing but the header is read before it is used."""
+def open_raw(
+    path: Path, layout: Layout | None = None, *, strangers: bool = False
+) -> Iterator[Raw]:
+    """As read_raw, with modules of Tensors: nothing but the header is read before it is used.
+
+    strangers: take the tensors of DoRA, LoHa, LoKr … too, under their own suffixes, for verbs that
+    only keep or drop them.
+    """
     path = Path(path)
     plan = layout.plan if layout else None
     found: dict[str, Mapping[str, Tensor]] = {}
@@ -110,7 +116,7 @@ def open_raw(path: Path, layout: Layout | None = None) -> Iterator[Raw]:
     forms = []
     with ExitStack() as files:
         for file, part in adapter_files(path):
-            piece = _sorted(files.enter_context(Checkpoint(file)), plan, part)
+            piece = _sorted(files.enter_context(Checkpoint(file)), plan, part, strangers)
             forms.append(piece.form)
             metadata |= piece.metadata
             plan = plan or piece.plan
@@ -122,12 +128,14 @@ def open_raw(path: Path, layout: Layout | None = None) -> Iterator[Raw]:
         yield Raw(found, metadata, forms[0], plan)
 
 
-def _sorted(file: Checkpoint, plan: Plan | None, part: str) -> Raw:
+def _sorted(file: Checkpoint, plan: Plan | None, part: str, strangers: bool) -> Raw:
     """One file's tensors by kohya's module names."""
     spots: dict[str, dict[str, str]] = {}
     odd = []
     for key in file.specs:
         found = parse(key)
+        if found is None and strangers and (other := foreign(key)):
+            found = other[0], key.removeprefix(f"{other[0]}.")
         if found is None:
             odd.append(key)
         else:
