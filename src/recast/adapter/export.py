@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from recast.adapter.file import Adapter, file_metadata, kohya_hashes
-from recast.adapter.formats import Raw, read_raw
+from recast.adapter.formats import read_raw
 from recast.adapter.pairs import Pair, commonest, one_alpha, padded_pairs, taken, zero_pairs
 from recast.adapter.spelling import Module, modules, plan_of, shapes
 from recast.checkpoint import dtype_name, write_dict
@@ -55,29 +55,49 @@ def export(
         raise Refused(f"{form!r} is no adapter format: choose {', '.join(FORMATS)}.")
     raw = read_raw(source, layout)
     pairs, full = taken(source, raw, dtype)
+    if layout is not None:
+        _refuse_other_shapes(pairs, layout.plan, source)
+    if padded:
+        pairs = padded_pairs(pairs | zero_pairs(pairs))
+    return write_pairs(out, form, pairs, full, raw.metadata, raw.plan, source, force=force)
+
+
+def write_pairs(
+    out: Path,
+    form: str,
+    pairs: Mapping[str, Pair],
+    full: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    plan: Plan | None,
+    source: Path,
+    *,
+    force: bool = False,
+) -> list[Path]:
+    """Write factors and full changes (`module.suffix`) in one of FORMATS; returns the files.
+
+    plan: the architecture, which kohya's names can do without; None: the full-size one that has
+    all modules. source: the file that sentences are about.
+    """
     if full and form in ("peft", "diffusers"):
         raise Refused(
             f"{source} changes {len(full)} tensors as a whole, first {', '.join(list(full)[:3])}, "
             f"and {form} has no place for that; choose kohya or comfy."
         )
-    if layout is not None:
-        _refuse_other_shapes(pairs, layout.plan, source)
-    pairs |= zero_pairs(pairs)
-    if padded:
-        pairs = padded_pairs(pairs)
+    pairs = {**pairs, **zero_pairs(pairs)}
     refuse_target(out / CONFIG if form == "peft" else out, force=force)
     if form == "kohya":
         names: Mapping[str, Module] = {}
     else:
-        names = _modules(raw.plan or _guess(source, raw, pairs), [*pairs, *_heads(full)], source)
+        found = plan or _guess(source, [*pairs, *_heads(full)], metadata, pairs)
+        names = _modules(found, [*pairs, *_heads(full)], source)
     # kohya's hashes are of the tensors under kohya's names
-    plain = {k: v for k, v in raw.metadata.items() if not k.startswith("sshs_")}
+    plain = {k: v for k, v in metadata.items() if not k.startswith("sshs_")}
     if form == "peft":
         return _write_peft(out, pairs, names, plain, force)
     if form == "diffusers":
         return [_write_diffusers(out, pairs, names, plain, force)]
     heads = {lora: module.comfy() for lora, module in names.items()}
-    return [_write_tensors(out, pairs, full, heads, raw.metadata, force)]
+    return [_write_tensors(out, pairs, full, heads, metadata, force)]
 
 
 def _write_tensors(
@@ -203,10 +223,12 @@ def _heads(full: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in full}
 
 
-def _guess(path: Path, raw: Raw, pairs: Mapping[str, Pair]) -> Plan:
+def _guess(
+    path: Path, loras: list[str], metadata: Mapping[str, str], pairs: Mapping[str, Pair]
+) -> Plan:
     sizes = {lora: (len(pair.up), pair.down.shape[1]) for lora, pair in pairs.items()}
-    spots = {lora: ("", sizes.get(lora, (0, 0))) for lora in raw.modules}
-    return plan_of(spots, raw.metadata, str(path))
+    spots = {lora: ("", sizes.get(lora, (0, 0))) for lora in loras}
+    return plan_of(spots, metadata, str(path))
 
 
 def _refuse_other_shapes(pairs: Mapping[str, Pair], plan: Plan, path: Path) -> None:
