@@ -113,8 +113,15 @@ class Train(_Section):
     )
     lr: Positive
     optimizer_args: dict[str, bool | int | float | str | list[float]]
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "rex"]
+    cycles: Amount
+    power: Positive
+    floor: Share
     warmup: Whole
+    warmup_epochs: Amount
+    min_steps: Whole
+    max_epochs: Whole
+    max_minutes: Amount
     clip: Amount
     ema: Annotated[float, Field(ge=0, lt=1)]
     distance: Literal["mse", "l1", "huber", "fft"]
@@ -140,6 +147,11 @@ class Train(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     base: Literal["full", "8bit", "4bit"]
     warm: Annotated[str, StringConstraints(pattern=rf"^(auto|none|{WARMS}(,{WARMS})*)$")]
+    masters: Literal["fp32", "bf16"]
+    recompute: bool
+    compile: bool
+    channels_last: bool
+    rollbacks: Annotated[int, Field(ge=0, le=10)]
     checkpoint_every: Count
 
     @property

@@ -6,7 +6,7 @@ from recast.train.ema import Ema
 from recast.train.learned import Learned
 from recast.train.loop import Step, rate, train
 from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Student, criterion
-from recast.train.schedules import SCHEDULES, Schedule, warmup
+from recast.train.schedules import SCHEDULES, Schedule, schedule_of, warmup
 from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
 from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, guided, mix
 from recast.train.warm import Fit, InputFit, OutputFit, fit_clock, fit_input, fit_output
@@ -52,6 +52,7 @@ __all__ = [
     "replayed",
     "restore",
     "save",
+    "schedule_of",
     "seeded",
     "train",
     "warmup",
