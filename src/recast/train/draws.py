@@ -25,8 +25,9 @@ class Draw:
 
     `condition` is what the net is bound to. `index` (B,) says which examples these are.
     `teacher` is the original's answer (x0, eps) where it is already known: replay. `weight` (B,)
-    makes up for times that were drawn more or less often than others. `added` is noise in x that
-    x0 and eps do not account for.
+    makes up for times that were drawn more or less often than others, and is what a folder of
+    images counts. `added` is noise in x that x0 and eps do not account for. `mask` (B, 1, H, W) in
+    [0, 1] is what each place counts.
     """
 
     x0: Tensor
@@ -38,6 +39,7 @@ class Draw:
     teacher: tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
     added: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def noised(

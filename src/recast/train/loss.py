@@ -136,6 +136,9 @@ def criterion(
 
     A distance of x0 is divided by max(k, 0.01), k its squared error per squared error of the
     output, so that noise levels weigh against each other as they do in a distance of outputs.
+
+    Where a draw has a mask m the output's error is scaled by sqrt(m) first: a squared error counts
+    m times, and one outside the mask is none.
     """
 
     def measure(output: Tensor, wanted: Tensor, draw: Draw) -> Tensor:
@@ -150,7 +153,10 @@ def criterion(
         answer = target(draw)
         output = net(draw)
         with torch.autocast(output.device.type, enabled=False):
-            found = measure(output.float(), answer.value.float(), draw)
+            seen, wanted = output.float(), answer.value.float()
+            if draw.mask is not None:
+                seen = wanted + draw.mask.sqrt() * (seen - wanted)
+            found = measure(seen, wanted, draw)
         weight = answer.weight
         if weighting is not None:
             weight = weight * weighting(*objective.path(draw.t), objective)
