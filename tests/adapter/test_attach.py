@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recast.adapter import Adapter, Attached, attach, patch_from
+from recast.adapter.layers import Dropouts
 from recast.errors import Refused
 from recast.lowrank import Full, LowRank, factorize
 
@@ -233,7 +234,7 @@ def test_bf16_trunk_with_fp32_masters_sees_small_steps(net: Net, x: Tensor) -> N
 
 def test_dropout_touches_only_the_change(net: Net, x: Tensor) -> None:
     before = answer(net, x)
-    attached = attach({"unet": net}, principal(net), SITES, dropout=0.5)
+    attached = attach({"unet": net}, principal(net), SITES, dropouts=Dropouts(0.5))
     net.train()
     assert torch.equal(answer(net, x), before)
     stir(attached)

@@ -4,6 +4,7 @@ Low-rank entries become a LoCon layer round the untouched base layer, full entri
 parametrization:
 
     student(x) = base(x) + (B - B0) A x + B0 (A - A0) x        teacher(x) = base(x)
+    student(x) = base(x) + s B A x, from zero                  teacher(x) = base(x)
     student    : weight + delta                                teacher    : weight
 
 The initial factors B0 A0 stay in the layer and the original weight stays as it is. This costs a
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recast.adapter.file import Adapter, trained_metadata
-from recast.adapter.layers import Delta, LoCon, Switch
+from recast.adapter.layers import NONE, Delta, Dropouts, LoCon, Switch
 from recast.adapter.places import entry_name
 from recast.adapter.rebuild import check_pair
 from recast.errors import Refused
@@ -99,7 +100,7 @@ class Attached:
             self.switch.student = before
 
     def trained(self) -> Adapter:
-        """A copy of the masters on the CPU, in fp32, marked as trained."""
+        """A copy of the masters on the CPU, in fp32, scales multiplied out, marked as trained."""
         entries = {spot.name: _value(spot.layer, spot.shape) for spot in self.spots}
         return Adapter(entries, trained_metadata(self.initial.metadata))
 
@@ -110,7 +111,8 @@ class Attached:
         for spot in self.spots:
             entry, layer = adapter.entries[spot.name], spot.layer
             if isinstance(layer, LoCon) and isinstance(entry, LowRank):
-                pairs = [(layer.up, entry.up), (layer.down, entry.down)]
+                up = entry.up if layer.scale == 1 else entry.up / layer.scale
+                pairs = [(layer.up, up), (layer.down, entry.down)]
             elif isinstance(layer, Delta) and isinstance(entry, Full):
                 pairs = [(layer.delta, entry.delta)]
             else:
@@ -147,14 +149,16 @@ def attach(
     sites: Iterable[Site],
     *,
     initial: Adapter | None = None,
-    dropout: float = 0.0,
+    dropouts: Dropouts = NONE,
+    scales: Mapping[str, float] | None = None,
 ) -> Attached:
     """Insert an adapter at its sites; every other parameter of the parts is frozen.
 
     parts: "unet", "te1", "te2" to the modules that hold them. sites: at least those of the adapter.
     The student answers as the checkpoint rebuilt with the adapter would: a `pissa-init` adapter is
     its own start, a `pissa-trained` one needs its `initial`, a change starts from zero. Masters are
-    fp32 on the device of the layer they belong to, whatever the dtype of the layer.
+    fp32 on the device of the layer they belong to, whatever the dtype of the layer. scales: by
+    entry, how often the product of a change's masters counts (alpha / dim); 1 otherwise.
     """
     if initial is not None or adapter.role != "pissa-init":
         check_pair(initial, adapter)
@@ -174,9 +178,11 @@ def attach(
         for name, site in by_name.items():
             if name in adapter.entries:
                 entry = adapter.entries[name]
-                start = entry if attached.initial.role == "pissa-init" else _zero(entry)
+                start = entry if attached.initial.role == "pissa-init" else None
                 start = start if initial is None else initial.entries[name]
-                spot = _insert(parts[site.part], site, name, entry, start, switch, dropout)
+                scale = (scales or {}).get(name, 1.0)
+                part = parts[site.part]
+                spot = _insert(part, site, name, entry, start, switch, dropouts, scale)
                 attached.spots.append(spot)
     except Refused:
         attached.detach()
@@ -211,19 +217,15 @@ def quantiser(
     return Quantiser(base, dtype, where, starts, frozenset(whole), frozenset(parts))
 
 
-def _zero(entry: LowRank | Full) -> LowRank | Full:
-    """Where a change started: factors without `up`."""
-    return LowRank(torch.zeros_like(entry.up), entry.down) if isinstance(entry, LowRank) else entry
-
-
 def _insert(
     part: nn.Module,
     site: Site,
     name: str,
     entry: LowRank | Full,
-    start: LowRank | Full,
+    start: LowRank | Full | None,
     switch: Switch,
-    dropout: float,
+    dropouts: Dropouts,
+    scale: float,
 ) -> Spot:
     module = part.get_submodule(site.module)
     base = module.base if isinstance(module, LoCon) and module.switch is switch else module
@@ -249,8 +251,9 @@ def _insert(
             f"{name} is low-rank, but {site.module} is a {type(base).__name__}; only "
             "linear and ungrouped convolution layers take factors."
         )
-    assert isinstance(start, LowRank)
-    layer = LoCon(base, _on(entry, weight), _start(start, base, weight), switch, dropout)
+    assert not isinstance(start, Full)
+    began = None if start is None else _start(start, base, weight)
+    layer = LoCon(base, _on(entry, weight), began, switch, dropouts, scale)
     above, _, leaf = site.module.rpartition(".")
     owner = part.get_submodule(above)
     setattr(owner, leaf, layer)
@@ -277,7 +280,8 @@ def _value(layer: LoCon | Delta, shape: tuple[int, ...]) -> LowRank | Full:
         return parameter.detach().to("cpu", torch.float32, copy=True)
 
     if isinstance(layer, LoCon):
-        return LowRank(copy(layer.up), copy(layer.down))
+        up = copy(layer.up)
+        return LowRank(up if layer.scale == 1 else up * layer.scale, copy(layer.down))
     return Full(copy(layer.delta).reshape(shape))
 
 

@@ -83,22 +83,26 @@ def write_adapter(
     dtype: str = "F32",
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
+    alpha: float | None = None,
+    trainer: Mapping[str, str] | None = None,
 ) -> str:
     """Write an adapter file and return its sha256.
 
-    metadata is added to the adapter's own. The trainers' fields (`ss_*`, `sshs_*`, `modelspec.*`)
-    are made new from the content. A change of a text encoder's attention gets a zero `out_proj`
+    metadata is added to the adapter's own. The trainers' fields (`ss_network_*`, `sshs_*`,
+    `modelspec.*`) are made new from the content, but for those in `trainer`. alpha: the file's,
+    where it is not the common one. A change of a text encoder's attention gets a zero `out_proj`
     where it has none, because diffusers would drop it otherwise.
     """
     if adapter.role == "delta":
         adapter = Adapter({**adapter.entries, **zero_out_proj(adapter.entries)}, adapter.metadata)
     specs = adapter_specs(adapter, dtype)
-    tensors = dict(_tensors(adapter))
+    alpha = common_alpha(adapter) if alpha is None else alpha
+    tensors = dict(_tensors(adapter, alpha))
 
     def read(key: str) -> Tensor:
         return tensors[key].to(DTYPES[specs[key][0]])
 
-    header = file_metadata(adapter, metadata or {})
+    header = {**file_metadata(adapter, metadata or {}, alpha), **(trainer or {})}
     header |= kohya_hashes(specs, read, header)
     return write(path, specs, ((key, read(key)) for key in specs), header, force=force)
 
@@ -218,8 +222,7 @@ def kohya_hashes(
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
 
 
-def _tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    alpha = common_alpha(adapter)
+def _tensors(adapter: Adapter, alpha: float) -> Iterator[tuple[str, Tensor]]:
     for name, entry in adapter.entries.items():
         lora, _, param = name.rpartition(".")
         if isinstance(entry, Full):

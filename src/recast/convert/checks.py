@@ -6,7 +6,6 @@ end hours of work with a usage error too.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.adapter import refuse_residual
-from recast.adapter.decompose import matrices
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room, standing
-from recast.convert import groups, sources
+from recast.convert import groups, networks, sources
 from recast.convert.folder import Folder, digest_of
 from recast.errors import Refused
 from recast.events import Event, Stage, Tick
@@ -70,14 +68,7 @@ def check_model(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     wanted(checkpoint, layout, PARTS)
     preferred_size(checkpoint, layout)
     groups.check(layout, recipe)
-    sites = layout.sites(recipe.train.places)
-    if others := sorted({site.part for site in sites} - {"unet"}):
-        raise Refused(
-            f"train.profile {recipe.train.places!r} names layers of {', '.join(others)}: "
-            "give layers of the UNet, the only part that is trained."
-        )
-    if recipe.train.rank:
-        matrices(sites)
+    networks.check(layout, recipe)
     return layout
 
 
@@ -182,11 +173,7 @@ def check_file(job: Job, identity: Mapping[str, object]) -> None:
 
 def check_room(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
     """Raise NoRoom unless the result, what is trained and its states have room."""
-    rank = job.recipe.train.rank
-    trained = 0
-    for site in layout.sites(job.recipe.train.places):
-        wide = math.prod(site.shape[1:])
-        trained += rank * (site.shape[0] + wide) if rank else site.shape[0] * wide
+    trained = networks.trained_numbers(layout, job.recipe)
     # fp32 adapter, fp16 patch; a state holds the weights and two moments
     size = checkpoint.nbytes + trained * (4 + 2 + STATES * 3 * 4)
     require_room(standing(job.out), size + sources.room(checkpoint, layout, job))

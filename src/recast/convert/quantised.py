@@ -34,6 +34,7 @@ def quantiser_of(checkpoint: Checkpoint, folder: Folder, job: Job) -> Quantiser 
     from recast.adapter.attach import quantiser
     from recast.adapter.decompose import zeros_full
     from recast.adapter.patch import read_patch
+    from recast.convert.networks import kind_of, lora, sites_of
     from recast.convert.start import principal
     from recast.convert.training import precision
 
@@ -41,9 +42,12 @@ def quantiser_of(checkpoint: Checkpoint, folder: Folder, job: Job) -> Quantiser 
     if how.base == "full":
         return None
     layout = detect(checkpoint)
-    chosen = layout.sites(how.places)
-    if how.rank:
+    chosen = sites_of(layout, job.recipe)
+    kind = kind_of(job.recipe)
+    if kind == "principal":
         adapter = principal(checkpoint, folder, chosen, how.rank)
+    elif kind == "lora":
+        adapter = lora(checkpoint, chosen, job.recipe)
     else:
         there = read_patch(job.start).entries if job.start else {}
         adapter = zeros_full(checkpoint, chosen)

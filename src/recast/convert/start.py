@@ -19,6 +19,7 @@ from recast.adapter.patch import as_change, check_kind, distance_to_base, read_p
 from recast.adapter.places import read_site
 from recast.checkpoint import Checkpoint
 from recast.convert.folder import Folder
+from recast.convert.networks import kind_of, lora, sites_of
 from recast.errors import Refused
 from recast.events import Event, Note
 from recast.lowrank import Full, LowRank
@@ -51,7 +52,7 @@ class Start:
 def check(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> None:
     """Refuse a start that does not fit the model or the recipe; an override allows a far one."""
     how = job.recipe.train
-    if how.rank and (job.start or how.warm not in ("auto", "none")):
+    if kind_of(job.recipe) != "full" and (job.start or how.warm not in ("auto", "none")):
         what = f"--from {job.start}" if job.start else f"train.warm {how.warm!r}"
         raise Refused(f"{what} changes whole layers: set train.rank to 0, or leave it out.")
     if job.start is None:
@@ -93,10 +94,11 @@ def begin(
     objective: Objective,
 ) -> Generator[Event, None, Start]:
     """The start that the recipe or the command line asks for."""
-    how = job.recipe.train
-    sites = model.layout.sites(how.places)
-    if how.rank:
-        return Start(principal(checkpoint, folder, sites, how.rank), sites)
+    kind, sites = kind_of(job.recipe), sites_of(model.layout, job.recipe)
+    if kind == "principal":
+        return Start(principal(checkpoint, folder, sites, job.recipe.train.rank), sites)
+    if kind == "lora":
+        return Start(lora(checkpoint, sites, job.recipe), sites)
     bridge = material.bridge
     if job.start is None and bridge is None and not warms(job, model.objective, objective):
         return Start(zeros_full(checkpoint, sites), sites)
@@ -162,7 +164,7 @@ def warms(job: Job, source: Objective, objective: Objective) -> tuple[str, ...]:
     how = job.recipe.train
     asked = () if how.warm == "none" else tuple(how.warm.split(","))
     if asked == ("auto",):
-        asked = () if how.rank or job.start else ("clock", "input")
+        asked = () if kind_of(job.recipe) != "full" or job.start else ("clock", "input")
     return tuple(kind for kind in asked if kind == "output" or source.path != objective.path)
 
 
