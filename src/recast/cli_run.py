@@ -109,7 +109,26 @@ def train(
     images: Annotated[Path, typer.Argument(help="Folder of images with .txt captions.")],
     out: Out,
     recipe: Recipe = "train",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="principal: the principal factors of every layer; lora: factors from zero; full: "
+            "whole layers."
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the principal adapter.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Rank of a LoRA's linear layers.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="A LoRA's change is scaled by alpha / dim.")
+    ] = None,
+    conv_dim: Annotated[
+        int | None, typer.Option(min=0, help="Rank of a LoRA's convolutions; 0 leaves them out.")
+    ] = None,
+    conv_alpha: Annotated[float | None, typer.Option(help="Their alpha.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the model with a LoRA merged in too.")
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     steps: Steps = None,
     seed: Seed = None,
     base: Base = None,
@@ -119,18 +138,21 @@ def train(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Train a checkpoint on images: principal low-rank factors, the model's own objective.
+    """Train a checkpoint on images: a network of low-rank factors, the model's own objective.
 
-    Writes initial, adapter, patch and model into the run folder.
+    Writes initial, adapter, patch and model into the run folder; of a LoRA adapter and lora.
 
     Example: recast train model.safetensors photos --rank 64 --out runs/photos
     """
     from recast.convert import Job, run
+    from recast.recipe import override
 
+    how = recipe_of(recipe, None, steps, seed, rank=rank, base=base)
+    chosen = {"kind": network, "dim": dim, "alpha": alpha, "conv_dim": conv_dim,
+              "conv_alpha": conv_alpha, "merge": merge or None}  # fmt: skip
     job = Job(
-        model_path(model), out, recipe_of(recipe, None, steps, seed, rank=rank, base=base),
-        images=images, source=source, device=device_of(device), skip_broken=skip_broken,
-        force=force, measure=False,
+        model_path(model), out, override(how, lr=lr, network=chosen), images=images, source=source,
+        device=device_of(device), skip_broken=skip_broken, force=force, measure=False,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
 from recast.convert.folder import Folder, Stopped, check_claim, claim
-from recast.events import Event, Note, Stage, Tick
+from recast.events import Event, Note
 from recast.layout import open_checkpoint
 from recast.recipe import Recipe, dump_toml, load, override
 
@@ -28,6 +28,7 @@ MODEL = "model.safetensors"
 OUTPUTS = (
     MODEL,
     "adapter.safetensors",
+    "lora.safetensors",
     "patch.safetensors",
     "initial.safetensors",
     "start.safetensors",
@@ -67,6 +68,8 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     Raises Refused for bad input and NoRoom before anything is written, Diverged when training is
     lost, Stopped once `stopped` returns a signal.
     """
+    from recast.convert.files import write_files
+
     with open_checkpoint(job.model) as checkpoint:
         source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):
@@ -79,7 +82,7 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
                 yield from legs_stage(checkpoint, folder, job, source, objective, stopped)
             else:
                 yield from train_stage(checkpoint, folder, job, source, objective, stopped)
-            yield from file_stage(checkpoint, folder, job, source, objective)
+            yield from write_files(checkpoint, folder, job, source, objective)
             if not job.measure:
                 return
             from recast.convert.measure import measure
@@ -169,7 +172,7 @@ def train_stage(
     if folder.has("adapter.safetensors"):
         yield Note("The adapter is trained already.")
         return
-    from recast.adapter import attach, write_adapter
+    from recast.adapter import write_adapter
     from recast.convert.start import as_it_is, begin
 
     about = {**folder.stamp(), "recast.objective": objective}
@@ -179,6 +182,7 @@ def train_stage(
         return
     from recast.convert.fixed import parts
     from recast.convert.material import gather
+    from recast.convert.networks import put_in
     from recast.convert.quantised import quantiser_of, report_base
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
@@ -190,8 +194,7 @@ def train_stage(
     if quantiser:
         yield from report_base(folder, model, job, next(material.draws(0)), target)
     start = yield from begin(checkpoint, folder, model, job, material, target)
-    attached = attach({"unet": model.unet}, start.adapter, start.sites)
-    attached.hold(start.held)
+    attached = put_in(model, start, job.recipe)
     try:
         trained = yield from learn(
             model, attached, material, job.recipe, target, folder.root, folder.digest, stopped
@@ -218,38 +221,3 @@ def open_part(
         with_vae(checkpoint, job.recipe), dtype=dtype, device=job.device, parts=parts,
         objective=source, quantiser=quantiser,
     )  # fmt: skip
-
-
-def file_stage(
-    checkpoint: Checkpoint, folder: Folder, job: Job, source: str, objective: str
-) -> Iterator[Event]:
-    """Write the patch and the converted checkpoint from the original and what was trained."""
-    if folder.has("patch.safetensors") and folder.has(MODEL):
-        return
-    from recast.adapter import read_adapter, write_adapter
-    from recast.adapter.patch import patch_from, portable
-    from recast.adapter.rebuild import write_rebuilt
-    from recast.convert.exchange import with_vae
-
-    trained = read_adapter(folder.path("adapter.safetensors"))
-    initial = None
-    if folder.has("initial.safetensors"):
-        initial = read_adapter(folder.path("initial.safetensors"))
-    yield Stage("write", 2, "files")
-    if not folder.has("patch.safetensors"):
-        patch = patch_from(initial, trained)
-        if source != objective and not job.recipe.data.vae:
-            patch = portable(patch, checkpoint, source)
-        about = {**folder.stamp(), "recast.objective": objective}
-        write_adapter(
-            folder.path("patch.safetensors"), patch, metadata=about, dtype="F16", force=True
-        )
-    yield Tick(1)
-    if not folder.has(MODEL):
-        write_rebuilt(
-            with_vae(checkpoint, job.recipe), initial, trained, folder.path(MODEL),
-            objective=objective,
-            metadata={**folder.stamp(), "recast.recipe": dump_toml(in_header(job.recipe))},
-            force=True,
-        )  # fmt: skip
-    yield Tick(2)
