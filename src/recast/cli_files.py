@@ -55,12 +55,15 @@ def _null(path: Path, device: str, source: str | None) -> tuple[NullLevel, ...]:
     """Measure the null conditions on pictures of a few prompts of the model's own kind."""
     from recast.evaluate.null import null_distance
     from recast.layout import open_checkpoint
-    from recast.model import open_model
+    from recast.model import open_model, usual_dtype
     from recast.wishes import prompts_for
 
     with open_checkpoint(path) as checkpoint:
         texts = prompts_for(None, checkpoint)
-    model = open_model(path, device=device, parts=("unet", "te1", "te2"), objective=source)
+    model = open_model(
+        path, dtype=usual_dtype(device), device=device, parts=("unet", "te1", "te2"),
+        objective=source, lazily=True,
+    )  # fmt: skip
     return null_distance(model, texts[:: max(1, len(texts) // 4)][:4])
 
 
@@ -98,7 +101,7 @@ def sample(
     Example: recast sample pocket-xl --prompt "a big red star on dots at left" --out pictures
     """
     from recast.layout.names import PART_NAMES
-    from recast.model import open_model
+    from recast.model import open_model, usual_dtype
     from recast.painting import Order, paint
 
     order = Order(
@@ -106,9 +109,11 @@ def sample(
         sampler=sampler, scale=cfg, shift=shift, objective=as_, size=size,
     )  # fmt: skip
     order.paths(out, force=force)  # refused before the model is read
+    where = device_of(device)
     opened = open_model(
-        model_path(model), device=device_of(device), parts=PART_NAMES, objective=source
-    )
+        model_path(model), dtype=usual_dtype(where), device=where, parts=PART_NAMES,
+        objective=source, lazily=True,
+    )  # fmt: skip
     written: list[Path] = []
     console.follow(paint(opened, out, order, written, force=force))
     if json:

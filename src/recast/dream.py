@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
     from recast.model import Model
     from recast.objective import Path as Levels
+    from recast.text.encode import Condition
 
 DIGEST_KEY = "recast.dream"
 POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 1 of 1024
+AHEAD = 32  # shards whose prompts are encoded before the first of them is dreamt
 
 
 @dataclass(frozen=True)
@@ -138,23 +140,50 @@ def dream(
             + (f" ({have} there already)." if have else ".")
         )
         yield Stage("dream", plan.pictures, "pictures", 0)
-        for number, first in enumerate(starts):
-            path = shard_path(folder, number)
-            texts = prompts[first : first + batch]
-            if not _present(path, digest):
-                if stopped():
-                    return
-                shard = _dream_batch(model, plan, texts, first)
-                write_dict(
-                    path,
-                    {"t": shard.t, "u": shard.u, "u_null": shard.u_null, "x": shard.x},
-                    {DIGEST_KEY: digest, "recast.prompts": json.dumps(texts, ensure_ascii=False)},
-                    force=True,
-                )
-            yield Tick(min(first + batch, plan.pictures))
+        for group in range(0, len(starts), AHEAD):
+            numbers = range(group, min(group + AHEAD, len(starts)))
+            missing = [k for k in numbers if not _present(shard_path(folder, k), digest)]
+            texts = {k: prompts[starts[k] : starts[k] + batch] for k in missing}
+            made = _dreamt(model, plan, {starts[k]: texts[k] for k in missing})
+            for number in numbers:
+                if number in texts:
+                    if stopped():
+                        return
+                    _write(next(made), shard_path(folder, number), digest)
+                yield Tick(min(starts[number] + batch, plan.pictures))
 
 
-def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> Shard:
+def _dreamt(model: Model, plan: Plan, batches: Mapping[int, Sequence[str]]) -> Iterator[Shard]:
+    """A shard of each batch of prompts, which are named by their first picture.
+
+    All are encoded before any is dreamt: text encoders and UNet may take turns on the device.
+    """
+    asked = {first: _asked(model, plan, texts) for first, texts in batches.items()}
+    for first, texts in batches.items():
+        yield _dream_batch(model, plan, texts, asked[first], first)
+
+
+def _asked(model: Model, plan: Plan, texts: Sequence[str]) -> Condition:
+    """Conditions of a batch's prompts, then as many of no prompt."""
+    import torch
+
+    with torch.no_grad():
+        return model.condition([*texts, *[plan.negative] * len(texts)], size=_square(plan.size))
+
+
+def _write(shard: Shard, path: Path, digest: str) -> None:
+    prompts = json.dumps(list(shard.prompts), ensure_ascii=False)
+    write_dict(
+        path,
+        {"t": shard.t, "u": shard.u, "u_null": shard.u_null, "x": shard.x},
+        {DIGEST_KEY: digest, "recast.prompts": prompts},
+        force=True,
+    )
+
+
+def _dream_batch(
+    model: Model, plan: Plan, texts: Sequence[str], condition: Condition, first: int
+) -> Shard:
     """Sample one batch along a jittered grid and keep what the network was asked and said."""
     import torch
 
@@ -169,7 +198,6 @@ def _dream_batch(model: Model, plan: Plan, texts: Sequence[str], first: int) -> 
     ]
     eps = torch.stack([torch.randn(shape, generator=each) for each in noise])
     times = jittered(plan, objective.path, first)
-    condition = model.condition([*texts, *[plan.negative] * len(texts)], size=size)
     zeroed = plan.zeroed(first, len(texts))
     if any(zeroed):
         rows = torch.tensor([False] * len(texts) + list(zeroed), device=condition.context.device)

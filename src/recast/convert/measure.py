@@ -8,9 +8,9 @@ All from the same noise. The wrapper needs no training: its agreement is the cei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, zip_longest
 from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ from recast.convert import exchange, nulls
 from recast.convert.compose import SHOWN, Test, compose, finished, hashes
 from recast.convert.folder import Folder
 from recast.convert.material import training_captions
+from recast.convert.opening import opened
 from recast.convert.sources import sources_of
 from recast.evaluate.concepts import present, scenes
 from recast.evaluate.drift import drift
-from recast.evaluate.loading import how_to_load
+from recast.evaluate.loading import Howto, how_to_load
 from recast.evaluate.report import write_report
 from recast.evaluate.values import Drift
 from recast.events import Event, Note, Stage, Tick
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from recast.model import Model
     from recast.text.encode import Condition
 
+FILE = "model.safetensors"
 UNJUDGED = 16  # pictures at most where no judge can make use of more
 
 
@@ -52,44 +54,77 @@ def measure(
     if finished(folder, files):
         yield Note("The report is written already.")
         return
-    from recast.model import open_model
-
     captions = training_captions(job, checkpoint, folder)
     old, new = OBJECTIVES[source], OBJECTIVES[objective]
     test = choose(job, checkpoint, captions)
     total = len(test.prompts)
     yield Stage("paint and compare", 3 * total + min(SHOWN, total), "pictures")
-    made: dict[str, list[Picture]] = {"original": [], "wrapper": [], "converted": [], "wrong": []}
-    ticks = 0
-    model = open_model(job.model, device=job.device, objective=source)
-    bridge = bridges.read(folder)
+    # one model after the other: each is let go of before the next is opened
+    first = yield from the_original(checkpoint, folder, job, test, old, new)
+    second = yield from the_converted(folder, job, test, old, new, first)
+    report = compose(
+        job, folder, test, first.pictures | second.pictures, first.drift, source, objective
+    )
+    null, null_shots = nulls.joined(first.unprompted, second.unprompted, test)
+    report = replace(report, howto=second.howto, hashes=files, null=null, null_shots=null_shots)
+    write_report(folder.root, report)
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the report needs of the original: its pictures as either objective, drift, nulls."""
+
+    pictures: dict[str, list[Tensor]]
+    drift: Drift
+    unprompted: nulls.Side
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What the report needs of the new file; `howto` says how it is loaded elsewhere."""
+
+    pictures: dict[str, list[Tensor]]
+    unprompted: nulls.Side
+    howto: tuple[Howto, ...]
+
+
+def the_original(
+    checkpoint: Checkpoint, folder: Folder, job: Job, test: Test, old: Objective, new: Objective
+) -> Generator[Event, None, Original]:
+    """Open the original, measure and paint."""
+    model = opened(checkpoint, job, old.name)
     table = measure_drift(model, folder, job, test, old, new)
+    made: dict[str, list[Tensor]] = {"original": [], "wrapper": []}
+    ticks = count(1)
     for name, as_objective in (("original", None), ("wrapper", new)):
         for picture in paint(model, job, test, as_objective):
-            made[name].append(picture)
-            yield Tick(ticks := ticks + 1)
-    unprompted = nulls.side(model, job, test)
-    del model
-    written = open_model(folder.path("model.safetensors"), device=job.device, objective=objective)
+            made[name].append(picture.image)
+            yield Tick(next(ticks))
+    return Original(made, table, nulls.side(model, job, test))
+
+
+def the_converted(
+    folder: Folder, job: Job, test: Test, old: Objective, new: Objective, first: Original
+) -> Generator[Event, None, Converted]:
+    """Open the file that was written and paint, with the new sampler and a few with the old one."""
+    written, bridge = opened(folder.path(FILE), job, new.name), bridges.read(folder)
     few = replace(test, prompts=test.prompts[:SHOWN], seeds=test.seeds[:SHOWN])
+    made: dict[str, list[Tensor]] = {"converted": [], "wrong": []}
+    ticks = count(1 + sum(map(len, first.pictures.values())))
     for name, model, asked in (
         ("converted", written, test),
         ("wrong", replace(written, objective=old), few),
     ):
         for picture in paint(bridges.painter(model, bridge), job, asked, None):
-            made[name].append(picture)
-            yield Tick(ticks := ticks + 1)
+            made[name].append(picture.image)
+            yield Tick(next(ticks))
+    if bridge is not None:
+        made["through the VAE"] = bridges.through(written, first.pictures["original"])
     howto = how_to_load(
-        written.layout.family, objective, folder.path("model.safetensors").name,
+        written.layout.family, new.name, folder.path(FILE).name,
         config=config_folder(written, folder),
     )  # fmt: skip
-    pictures = {name: [picture.image for picture in group] for name, group in made.items()}
-    if bridge is not None:
-        pictures["through the VAE"] = bridges.through(written, pictures["original"])
-    report = compose(job, folder, test, pictures, table, source, objective)
-    null, null_shots = nulls.joined(unprompted, nulls.side(written, job, test), test)
-    report = replace(report, howto=howto, hashes=files, null=null, null_shots=null_shots)
-    write_report(folder.root, report)
+    return Converted(made, nulls.side(written, job, test), howto)
 
 
 def config_folder(model: Model, folder: Folder) -> str | None:
@@ -101,7 +136,7 @@ def config_folder(model: Model, folder: Folder) -> str | None:
         return None
     place = folder.path(FOLDER)
     write_config_folder(model.layout, place)
-    return Path(relpath(place, folder.path("model.safetensors").parent)).as_posix()
+    return Path(relpath(place, folder.path(FILE).parent)).as_posix()
 
 
 def paint(

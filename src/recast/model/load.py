@@ -8,6 +8,7 @@ SDXL's overflows in fp16, and it is small.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from recast.layout import Layout, detect, from_file, keymap, open_checkpoint
 from recast.layout.names import PART_NAMES
 from recast.markers import read_objective
 from recast.model.networks import Model
+from recast.model.parts import Parts
 from recast.objective import OBJECTIVES
 from recast.quantise import Quantiser
 
@@ -35,8 +37,12 @@ def open_model(
     parts: Iterable[str] | None = None,
     objective: str | None = None,
     quantiser: Quantiser | None = None,
+    lazily: bool = False,
 ) -> Model:
     """Open the networks of a file or folder; `parts` must be there, None takes all that are.
+
+    `lazily` opens each when it is first asked for, and one kind at a time is on the device (see
+    `parts.Parts`); what does not fit is refused only then.
 
     The objective is read from the file's markers; `objective` overrides them.  A `quantiser` takes
     the layers that it wants, each as it is read.  Raises Refused where markers contradict each
@@ -55,16 +61,17 @@ def open_model(
     layout = detect(checkpoint)
     chosen = OBJECTIVES[stated_objective(checkpoint, objective)]
     device = torch.device(device)
-    modules = {
-        part: load_part(
-            checkpoint, layout, part, torch.float32 if part == "vae" else dtype, device, quantiser
+    openers = {
+        part: partial(
+            load_part, checkpoint, layout, part, torch.float32 if part == "vae" else dtype, device,
+            quantiser,
         )
         for part in wanted(checkpoint, layout, parts)
-    }
+    }  # fmt: skip
     return Model(
         checkpoint,
         layout,
-        modules,
+        Parts(openers, device) if lazily else {part: read() for part, read in openers.items()},
         chosen,
         preferred_size(checkpoint, layout),
         dtype,
@@ -72,6 +79,11 @@ def open_model(
         layout.scaling,
         layout.shift,
     )
+
+
+def usual_dtype(device: str | torch.device) -> torch.dtype:
+    """The precision of a device where nobody asks for another: fp32 on a CPU, bf16 elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def stated_objective(checkpoint: Checkpoint, override: str | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ class Model:
 
     checkpoint: Checkpoint
     layout: Layout
-    parts: dict[str, nn.Module]
+    parts: MutableMapping[str, nn.Module]
     objective: Objective
     size: int
     dtype: torch.dtype
@@ -138,10 +138,11 @@ class Model:
     def net(self, condition: Condition, objective: Objective | None = None) -> Net:
         """Bind a condition: (x, t) -> output, t on the path of `objective` (default: the model's).
 
-        One condition serves any batch.  The answer has x's dtype; the UNet computes in its own.
+        One condition serves any batch.  The answer has x's dtype; the UNet computes in its own, and
+        is asked for at each call, since another network may have taken its place on the device.
         """
         path = (objective or self.objective).path
-        unet, bound = self.unet, condition.to(self.device, self.dtype)
+        bound = condition.to(self.device, self.dtype)
 
         def call(x: Tensor, t: Tensor) -> Tensor:
             rows = bound.expand(len(x))
@@ -149,7 +150,7 @@ class Model:
             if rows.time_ids is not None:
                 added["time_ids"] = rows.time_ids
             clock = path.embed(torch.as_tensor(t, device=x.device)).float().expand(len(x))
-            answer = unet(
+            answer = self.unet(
                 x.to(self.dtype),
                 clock,
                 encoder_hidden_states=rows.context,

@@ -18,6 +18,8 @@ from recast.sample.prompts import Prompt
 from recast.sample.solvers import Generators, find_solver
 from recast.timesteps import grid
 
+POSITIONS = 16384  # latent positions sampled at once at most: 1 picture of 1024 pixels, 4 of 512
+AHEAD = 8  # batches that an accelerator makes before it decodes them
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -104,9 +106,14 @@ def sample_images(
     size: Size | None = None,
     spacing: str | None = None,
     batch: int = 8,
+    ahead: int | None = None,
     trace: MutableSequence[Step] | None = None,
 ) -> Iterator[Picture]:
     """Pictures of the prompts, one seed each, in order; decoded as soon as their batch is done.
+
+    `batch` is the most that is sampled at once, fewer where pictures are large. On an accelerator
+    networks may take turns (see recast.model.parts): `ahead` batches are encoded, then sampled,
+    then decoded.
 
     With `as_objective` the model is sampled as if it had been trained for that one, exactly and
     without training. Steps are appended to `trace`, batch after batch, as they are made. Raises
@@ -121,28 +128,34 @@ def sample_images(
     objective = as_objective or model.objective
     times = grid(objective.path, steps, shift=shift, spacing=spacing)
     shape = model.latent_shape(size)
-    for first in range(0, len(prompts), batch):
-        rows = slice(first, first + batch)
-        texts, numbers, unwanted = prompts[rows], seeds[rows], negatives[rows]
-        generators = [Generator().manual_seed(seed) for seed in numbers]
+    at_once = max(1, min(batch, POSITIONS // (shape[1] * shape[2])))
+    every = [slice(first, first + at_once) for first in range(0, len(prompts), at_once)]
+
+    def encoded(rows: slice) -> Any:
+        unwanted = [] if scale == 1 else negatives[rows]
+        return model.condition([*prompts[rows], *unwanted], size=size)
+
+    def sampled(rows: slice, condition: Any) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in seeds[rows]]
         eps = torch.stack([torch.randn(shape, generator=each) for each in generators])
-        asked = [*texts] if scale == 1 else [*texts, *unwanted]
-        condition = model.condition(asked, size=size)
         net = express(model.net(condition), model.objective, objective)
         for step in sample_latents(
-            net,
-            objective,
-            eps.to(model.device),
-            times,
-            scale=scale,
-            solver=solver,
+            net, objective, eps.to(model.device), times, scale=scale, solver=solver,
             generator=generators,
-        ):
+        ):  # fmt: skip
             if trace is not None:
                 trace.append(step)
-        images = model.decode(step.x).float().clamp(-1, 1).cpu()
-        for i, row in enumerate(zip(texts, numbers, images, strict=True), start=first):
-            yield Picture(i, *row)
+        return step.x
+
+    turns = ahead or (1 if model.device.type == "cpu" else AHEAD)
+    for first in range(0, len(every), turns):
+        some = every[first : first + turns]
+        conditions = [encoded(rows) for rows in some]
+        latents = [sampled(*pair) for pair in zip(some, conditions, strict=True)]
+        for rows, x in zip(some, latents, strict=True):
+            images = model.decode(x).float().clamp(-1, 1).cpu()
+            for i, row in enumerate(zip(prompts[rows], seeds[rows], images, strict=True)):
+                yield Picture(rows.start + i, *row)
 
 
 def sample_prompts(
