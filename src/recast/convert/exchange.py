@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def check(checkpoint: Checkpoint, job: Job) -> Mapping[str, str]:
 
 def into(model: Model, checkpoint: Checkpoint, recipe: Recipe) -> Model:
     """The model with the recipe's VAE, its other networks shared; itself where there is none."""
-    from recast.model import load_part
+    from recast.model import beside, load_part
 
     if not recipe.data.vae:
         return model
@@ -69,11 +70,12 @@ def into(model: Model, checkpoint: Checkpoint, recipe: Recipe) -> Model:
         found = with_vae(checkpoint, recipe)
         stack.callback(found.close)
         layout = detect(found)
-        vae = load_part(found, layout, "vae", torch.float32, model.device)
+        vae = partial(load_part, found, layout, "vae", torch.float32, model.device)
+        parts = beside(model.parts, "vae", vae)
         stack.pop_all()
     return replace(
-        model, checkpoint=found, layout=layout, parts={**model.parts, "vae": vae},
-        scaling=layout.scaling, shift=layout.shift, _fingerprints={},
+        model, checkpoint=found, layout=layout, parts=parts, scaling=layout.scaling,
+        shift=layout.shift, _fingerprints={},
     )  # fmt: skip
 
 
