@@ -35,9 +35,9 @@ def captions_of(folder: Path) -> tuple[str, ...]:
 
     Raises Refused where none has one.
     """
-    from recast.data.folder import scan
+    from recast.data.gather import gather
 
-    found = scan(folder, headers=False).examples
+    found = gather(folder, headers=False).examples
     captions = tuple(dict.fromkeys(example.caption for example in found if example.caption))
     if not captions:
         raise Refused(f"{folder}: no picture has a caption to dream of; write .txt files beside.")

@@ -16,7 +16,7 @@ from recast.convert import Job, run
 from recast.convert.fixed import FIXED, PREVIEWS, hold_out
 from recast.convert.folder import Stopped
 from recast.convert.watch import scalars, told
-from recast.data.cache import Made
+from recast.data.dataset import Made
 from recast.errors import Diverged, Refused
 from recast.evaluate.report import load_report
 from recast.evaluate.validation import Reading

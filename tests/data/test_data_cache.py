@@ -12,9 +12,10 @@ from PIL import Image
 from tests import tiny
 
 from recast.commit import commit
-from recast.data import cache
+from recast.data import cache, dataset
 from recast.data.buckets import Buckets
-from recast.data.cache import Dataset, Store, fetch, prepare
+from recast.data.cache import Store, fetch
+from recast.data.dataset import Dataset, prepare
 from recast.data.folder import scan
 from recast.errors import Refused
 from recast.model import Model, open_model
@@ -47,7 +48,7 @@ def entries(store: Store) -> list[Path]:
     return sorted(store.root.rglob("*.safetensors"))
 
 
-def outcomes(made: Iterator[cache.Made]) -> list[str]:
+def outcomes(made: Iterator[dataset.Made]) -> list[str]:
     return [entry.outcome for entry in made]
 
 

@@ -111,7 +111,8 @@ def prepare(
     start.check(checkpoint, job, source, objective)
     vae = exchange.check(checkpoint, job)
     images = sources_of(job).images
-    found = examples_of(images, skip_broken=skips_broken(job)) if images else ()
+    skipped = skips_broken(job)
+    found = examples_of(images, skip_broken=skipped, recipe=job.recipe) if images else ()
     identity = {**identify(checkpoint, job, source, objective, found), **vae}
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
     checks.check_file(job, identity)

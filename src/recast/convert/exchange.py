@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recast.convert import Job
-    from recast.data.cache import Dataset
+    from recast.data.dataset import Dataset
     from recast.model import Model
 
 

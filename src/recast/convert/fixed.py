@@ -30,7 +30,7 @@ from recast.recipe import Recipe
 
 if TYPE_CHECKING:
     from recast.convert import Job
-    from recast.data.cache import Dataset, Made
+    from recast.data.dataset import Dataset, Made
     from recast.model import Model
     from recast.text.encode import Condition
 
@@ -87,12 +87,15 @@ def hold_out(made: Sequence[Made], recipe: Recipe) -> tuple[list[Made], list[Mad
 
 
 def known(dataset: Dataset, held: Sequence[Made]) -> Known | None:
-    """Latents and conditions of held-out images."""
+    """Latents and conditions of held-out images, their captions in their own order."""
+    from recast.data.captions import canonical
+
     if not held:
         return None
     store = dataset.store
     x0 = [store.latent(entry.example, entry.fit, entry.image)[0] for entry in held]
-    condition = store.condition([e.example.caption for e in held], [e.fit for e in held])
+    captions = [canonical(e.example.caption, e.example.how) for e in held]
+    condition = store.condition(captions, [e.fit for e in held])
     return torch.stack(x0).float(), condition
 
 

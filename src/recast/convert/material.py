@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,12 +19,13 @@ from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
 from recast.convert.noising import draw, drawn, remarks
+from recast.convert.opening import opened
 from recast.convert.replay import ZERO, Replay
 from recast.convert.selfmade import Selfmade, finished
 from recast.convert.sources import dream_plan, skips_broken, sources_of
-from recast.data.buckets import Buckets, aspects, square
 from recast.dream import Shard, dream, read_shards
-from recast.events import Event, Note, Stage, Tick
+from recast.errors import Refused
+from recast.events import Event, Note, Stage, Tick, amount
 from recast.objective import Objective
 from recast.recipe import Recipe
 from recast.train import Aware, Draw
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recast.convert import Job
-    from recast.data.cache import Dataset
+    from recast.data.dataset import Dataset
     from recast.data.folder import Example
+    from recast.data.folder import Folder as Found
     from recast.model import Model
     from recast.text.encode import Condition
 
-BUCKETED = 256  # pixels of a side from which pictures keep their aspect
 CONDITIONS_AT_ONCE = 32  # prompts that the text encoders take together
 
 
@@ -73,10 +75,14 @@ class Images:
             number if place is None else place, how.seed, how.batch,
             dropout=data.caption_dropout, null=data.null, zero_share=data.zero_share,
         )  # fmt: skip
-        return draw(
+        made = draw(
             self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
             batch.index, self.dataset.store.model.factor,
         )  # fmt: skip
+        if batch.weight is not None:
+            both = batch.weight if made.weight is None else made.weight * batch.weight
+            made = replace(made, weight=both)
+        return made if batch.mask is None else replace(made, mask=batch.mask)
 
     def null(self) -> Condition:
         from recast.text.encode import Condition
@@ -152,23 +158,27 @@ def from_images(
 ) -> Generator[Event, None, Images]:
     """Encode a folder's images and captions into the run's cache; returns Images."""
     from recast.convert import fixed
-    from recast.data.cache import Dataset, Store, prepare
-    from recast.data.folder import scan
-    from recast.model import open_model
+    from recast.data.cache import Store
+    from recast.data.dataset import Dataset, cache_bytes, prepare, texts
 
     on_broken: Literal["refuse", "skip"] = "skip" if skips_broken(job) else "refuse"
-    found = scan(images, on_broken=on_broken)
+    found = found_in(images, skip_broken=skips_broken(job), recipe=job.recipe)
     for problem in found.problems:
         yield Note(f"left out: {problem.what}")
-    model = open_model(job.model, device=job.device, objective=source)
+    model = opened(checkpoint, job, source)
     if job.recipe.data.size:
         model = replace(model, size=job.recipe.data.size)
     student = exchange.into(model, checkpoint, job.recipe)
     store = Store(folder.path("cache"), student)
     store.text("")
+    # all captions before any picture: the VAE takes the text encoders' place on the device
+    for caption in texts(found):
+        with suppress(Refused):  # said of its picture below
+            store.text(caption)
+    yield Note(f"The cache of images and captions takes {amount(cache_bytes(found, store))}.")
     yield Stage("encode images", len(found.examples), "images")
     made = []
-    for entry in prepare(found, store, buckets=buckets(model.size), on_broken=on_broken):
+    for entry in prepare(found, store, on_broken=on_broken):
         made.append(entry)
         if entry.problem:
             yield Note(f"left out: {entry.problem}")
@@ -185,11 +195,6 @@ def from_images(
     return Images(dataset, job.recipe, objective, bridge)
 
 
-def buckets(side: int) -> Buckets:
-    """Aspect buckets of a model's size; small models know one square only."""
-    return aspects(side) if side >= BUCKETED else square(side)
-
-
 def from_dreams(
     checkpoint: Checkpoint,
     folder: Folder,
@@ -200,10 +205,9 @@ def from_dreams(
 ) -> Generator[Event, None, Replay | Selfmade]:
     """Let the original dream into the run's `pairs`; returns what was met, or what was painted."""
     from recast.convert import fixed
-    from recast.model import open_model
 
     plan = dream_plan(job, checkpoint, objective.name)
-    model = open_model(job.model, device=job.device, objective=source)
+    model = opened(checkpoint, job, source)
     yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
     if signal := stopped():
         raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
@@ -249,21 +253,37 @@ def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:
     return cat(found)
 
 
-def examples_of(images: Path, *, skip_broken: bool) -> tuple[Example, ...]:
-    """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
-    from recast.data.folder import scan
+def found_in(images: Path, *, skip_broken: bool, recipe: Recipe | None = None) -> Found:
+    """What a folder or dataset file has, under the recipe's settings; names broken ones."""
+    from recast.data.gather import gather as gather_images
+    from recast.data.subset import PLAIN, from_recipe
 
-    return scan(images, on_broken="skip" if skip_broken else "refuse").examples
+    how = PLAIN if recipe is None else from_recipe(recipe.images)
+    prior = 1.0 if recipe is None else recipe.images.prior_loss_weight
+    on_broken: Literal["refuse", "skip"] = "skip" if skip_broken else "refuse"
+    return gather_images(images, how, prior=prior, on_broken=on_broken)
+
+
+def examples_of(
+    images: Path, *, skip_broken: bool, recipe: Recipe | None = None
+) -> tuple[Example, ...]:
+    """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
+    return found_in(images, skip_broken=skip_broken, recipe=recipe).examples
 
 
 def images_digest(examples: tuple[Example, ...]) -> str:
-    """Hash of every image and caption that will be trained on."""
+    """Hash of every image and caption that will be trained on, and of its folder's settings."""
     from recast.data.cache import hash_file
+    from recast.data.subset import PLAIN
 
     found = hashlib.sha256()
     for example in examples:
         line = f"{example.name}\0{example.repeats}\0{example.caption}\0{hash_file(example.path)}\n"
         found.update(line.encode())
+        if example.mask is not None:
+            found.update(hash_file(example.mask).encode())
+        if example.how != PLAIN:
+            found.update(example.how.stated.encode())
     return found.hexdigest()[:16]
 
 
@@ -272,7 +292,7 @@ def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple
     told: list[str] = []
     wanted = sources_of(job)
     if wanted.images is not None:
-        found = examples_of(wanted.images, skip_broken=skips_broken(job))
+        found = examples_of(wanted.images, skip_broken=skips_broken(job), recipe=job.recipe)
         told += [example.caption for example in found]
     if wanted.dreams is not None:
         told += dream_plan(job, checkpoint, "flow").order()

@@ -21,18 +21,34 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """Scale a picture of `original` size to `scaled`, cut `target` at `corner` (left, top)."""
+    """Scale a picture of `original` size to `scaled`, cut `target` at `corner` (left, top).
+
+    Then mirror it, and change its brightness, saturation and hue by `colour`, none by ().
+    """
 
     original: Size
     scaled: Size
     corner: Size
     target: Size
+    flipped: bool = False
+    colour: tuple[float, ...] = ()
 
     @property
     def ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size ids: original (H, W), crop (top, left), target (H, W)."""
+        """SDXL's size ids: original (H, W), crop (top, left), target (H, W).
+
+        A mirrored crop is one of the mirrored picture, where its left edge was the right one.
+        """
         (w, h), (left, top), (tw, th) = self.original, self.corner, self.target
+        if self.flipped:
+            left = self.scaled[0] - left - tw
         return h, w, top, left, th, tw
+
+    @property
+    def key(self) -> list[object]:
+        """What an entry's name says of it; a plain fit's is as it was before there were others."""
+        plain: list[object] = [self.original, self.scaled, self.corner, self.target]
+        return [*plain, self.flipped, self.colour] if self.flipped or self.colour else plain
 
 
 @dataclass(frozen=True)
@@ -130,12 +146,16 @@ def fit(size: Size, target: Size, *, at: tuple[float, float] = (0.5, 0.5)) -> Fi
 
 
 def apply(picture: Image, plan: Fit) -> Image:
-    """Scale and crop a picture by its plan: area filter (Lanczos) unless the size stays."""
+    """Scale, crop and vary a picture by its plan: area filter (Lanczos) unless the size stays."""
     from PIL.Image import Resampling
 
     if picture.size != plan.scaled:
         picture = picture.resize(plan.scaled, Resampling.LANCZOS)
     (left, top), (width, height) = plan.corner, plan.target
-    if picture.size == plan.target:
-        return picture
-    return picture.crop((left, top, left + width, top + height))
+    if picture.size != plan.target:
+        picture = picture.crop((left, top, left + width, top + height))
+    if plan.flipped or plan.colour:
+        from recast.data.looks import varied
+
+        picture = varied(picture, plan)
+    return picture

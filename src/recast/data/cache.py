@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from recast.checkpoint import Checkpoint, write_dict
-from recast.data.batches import Plan, batch, dropped, plan, zeros
-from recast.data.buckets import Buckets, Fit, apply, fit, square
-from recast.data.folder import Example, Folder
-from recast.data.images import WHITE, header, load, to_tensor
+from recast.data.buckets import Fit, apply, fit
+from recast.data.folder import Example
+from recast.data.images import WHITE, Picture, load, to_tensor
+from recast.data.masks import mask_of
 from recast.errors import Refused
 from recast.model import Model
 from recast.text.encode import Condition
@@ -31,7 +31,6 @@ VERSION = 1  # of what an entry means: raise it when the same key would get anot
 KEY, CONTENT = "recast.key", "recast.content"
 Tensors = Mapping[str, Tensor]
 Outcome = Literal["read", "made", "remade"]
-Null = Literal["empty", "zero", "both"]
 
 
 def fetch(
@@ -73,17 +72,6 @@ def content(tensors: Tensors) -> str:
 
 
 @dataclass(frozen=True)
-class Made:
-    """One picture's entry: how it is fitted, the hash of its bytes, and what had to be done."""
-
-    example: Example
-    fit: Fit
-    image: str
-    outcome: Outcome
-    problem: str = ""
-
-
-@dataclass(frozen=True)
 class Store:
     """Where entries are kept, and with which model they are made."""
 
@@ -98,7 +86,7 @@ class Store:
         key = {
             "kind": "latent", "version": VERSION, "image": image, "vae": vae,
             "scaling": self.model.scaling, "shift": self.model.shift, "dtype": str(self.dtype),
-            "fit": [planned.original, planned.scaled, planned.corner, planned.target],
+            "fit": planned.key,
             "background": self.background,
         }  # fmt: skip
         tensors, outcome = fetch(self.root, key, lambda: {"latent": self.encode(example, planned)})
@@ -116,8 +104,21 @@ class Store:
         """Decode and crop one picture, (1, 3, H, W) in [-1, 1]."""
         picture = load(example.path, background=self.background)
         if picture.size != planned.original:
-            planned = fit(picture.size, planned.target)
+            other = fit(picture.size, planned.target)
+            planned = replace(planned, scaled=other.scaled, corner=other.corner)
         return to_tensor(apply(picture, planned)).unsqueeze(0)
+
+    def mask(self, example: Example, planned: Fit, image: str) -> Tensor:
+        """Return what each place of a picture's latent counts, (1, h, w) in [0, 1]."""
+        file = None if example.mask is None else hash_file(example.mask)
+        key = {
+            "kind": "mask", "version": VERSION, "image": image, "mask": file,
+            "alpha": example.how.alpha_mask, "fit": planned.key, "factor": self.model.factor,
+        }  # fmt: skip
+        found, _ = fetch(
+            self.root, key, lambda: {"mask": mask_of(example, planned, self.model.factor)}
+        )
+        return found["mask"]
 
     def text(self, caption: str) -> tuple[Tensors, Outcome]:
         """Return a caption's context (N, D) and, where the family has one, pooled output (P,)."""
@@ -153,99 +154,12 @@ class Store:
         return cat(rows).to(self.model.device)
 
 
-def prepare(
-    folder: Folder,
-    store: Store,
-    *,
-    buckets: Buckets | None = None,
-    on_broken: Literal["refuse", "skip"] = "refuse",
-) -> Iterator[Made]:
-    """Make or verify every picture's latent, then every caption's condition; yields per picture.
-
-    Default buckets: one square of the model's size.  With `skip`, a picture that cannot be
-    decoded is yielded with its problem, and `Dataset.of` leaves it out.
-    """
-    table = buckets or square(store.model.size)
-    for example in folder.examples:
-        try:
-            size = example.size or header(example.path).size
-            planned = fit(size, table.choose(size))
-            image = hash_file(example.path)
-            _, outcome = store.latent(example, planned, image)
-            store.text(example.caption)
-        except Refused as error:
-            if on_broken == "refuse":
-                raise
-            nothing = Fit((0, 0), (0, 0), (0, 0), (0, 0))
-            yield Made(example, nothing, "", "made", str(error))
-        else:
-            yield Made(example, planned, image, outcome)
-
-
-def hash_file(path: Path) -> str:
-    """Hash a file's bytes."""
+def hash_file(path: Picture) -> str:
+    """Hash a file's bytes, or a packed picture's."""
     try:
+        if not isinstance(path, Path):
+            return hashlib.sha256(path.read()).hexdigest()
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Refused(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-@dataclass(frozen=True)
-class Batch:
-    """x0 (B, C, h, w) float32 on the model's device, what it is conditioned on, which examples."""
-
-    x0: Tensor
-    condition: Condition
-    index: Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Prepared pictures and the order they come in."""
-
-    store: Store
-    entries: tuple[Made, ...]
-    plan: Plan
-
-    @classmethod
-    def of(cls, store: Store, made: Iterable[Made]) -> Dataset:
-        """Collect what `prepare` yields; raises Refused where no picture is usable."""
-        entries = tuple(entry for entry in made if not entry.problem)
-        targets = [entry.fit.target for entry in entries]
-        return cls(store, entries, plan(targets, [entry.example.repeats for entry in entries]))
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def batch(
-        self,
-        step: int,
-        seed: int,
-        size: int,
-        *,
-        dropout: float = 0.0,
-        null: Null = "empty",
-        zero_share: float = 0.5,
-    ) -> Batch:
-        """Return batch `step`: a pure function of its arguments, entries remade where they must be.
-
-        dropout: the share of captions replaced by the empty prompt, by zeros, or by both, then
-        `zero_share` of them by zeros.
-        """
-        index = batch(self.plan, step, seed, size)
-        entries = [self.entries[i] for i in index]
-        latents = [self.store.latent(e.example, e.fit, e.image)[0] for e in entries]
-        without = [dropped(seed, step, place, dropout) for place in range(size)]
-        share = {"empty": 0.0, "zero": 1.0, "both": zero_share}[null]
-        zeroed = [gone and zeros(seed, step, k, share) for k, gone in enumerate(without)]
-        captions = [
-            "" if gone else entry.example.caption
-            for entry, gone in zip(entries, without, strict=True)
-        ]
-        condition = self.store.condition(captions, [entry.fit for entry in entries])
-        device = self.store.model.device
-        if any(zeroed):
-            condition = condition.zeros().where(torch.tensor(zeroed, device=device), condition)
-        x0 = torch.stack(latents).to(device, torch.float32)
-        return Batch(x0, condition, torch.tensor(index))

@@ -1,9 +1,9 @@
 """A folder of pictures with captions beside them, as kohya's and OneTrainer's users keep them.
 
 `x.png` has its caption in `x.txt` or `x.caption`, not both.  A subfolder named `10_name` is read
-with 10 repeats, and `name` is the caption of its pictures that have none.  Hidden files are
-passed over.  Nothing is decoded here: headers are read (sizes, formats), bodies when a picture is
-first used.
+with 10 repeats, and `name` is the caption of its pictures that have none.  A `metadata.jsonl` or
+`.csv` has the captions of pictures without a file of their own.  Hidden files are passed over.
+Nothing is decoded here: headers are read (sizes, formats), bodies when a picture is first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from recast.data.images import SUFFIXES, header
+from recast.data import metadata
+from recast.data.images import SUFFIXES, Picture, header
+from recast.data.masks import masks_of
+from recast.data.subset import PLAIN, Subset
 from recast.errors import Refused
 
 SIDECARS = (".txt", ".caption")
@@ -25,7 +28,11 @@ LISTED = 3
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One picture; `name` is its path inside `root`, `size` (width, height) when upright."""
+    """One picture; `name` is its path inside `root`, `size` (width, height) when upright.
+
+    `how` are its folder's settings, `mask` where its mask lies, `packed` what reads a picture that
+    is no file of its own.
+    """
 
     root: Path
     name: str
@@ -33,19 +40,26 @@ class Example:
     repeats: int = 1
     size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    how: Subset = PLAIN
+    mask: Path | None = None
+    packed: Picture | None = None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Picture:
         """Where the picture lies."""
-        return self.root / self.name
+        return self.root / self.name if self.packed is None else self.packed
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a picture from being used, in one sentence that names the file."""
+    """Something that keeps a picture from being used, in one sentence that names the file.
 
-    path: Path
+    `wanted` are those that the settings leave out on purpose.
+    """
+
+    path: Picture
     what: str
+    wanted: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ def scan(
     on_broken: Literal["refuse", "skip"] = "refuse",
     recursive: bool = False,
     headers: bool = True,
+    how: Subset = PLAIN,
 ) -> Folder:
     """Find the pictures of a folder and their captions; reads no pixels.
 
@@ -80,17 +95,27 @@ def scan(
         raise Refused(f"{root}: no such folder of images.")
     examples: list[Example] = []
     problems: list[Problem] = []
+    table = None if how.metadata_file is None else metadata.read(how.metadata_file)
+    masks = masks_of(how)
     for place, repeats, fallback in places(root, recursive):
-        for found in read_place(root, place, repeats, fallback):
+        for found in read_place(root, place, repeats, fallback, how, table, masks):
             (examples if isinstance(found, Example) else problems).append(found)  # type: ignore[arg-type]
     if headers:
         examples, broken = with_headers(examples)
         problems += broken
-    if problems and (on_broken == "refuse" or not examples):
-        raise Refused(summary(problems))
-    if not examples:
-        raise Refused(nothing(root, recursive))
-    return Folder(root, tuple(examples), tuple(problems))
+    return settled(Folder(root, tuple(examples), tuple(problems)), on_broken, recursive)
+
+
+def settled(found: Folder, on_broken: Literal["refuse", "skip"], recursive: bool = False) -> Folder:
+    """Return what was found; raises Refused for problems, unless they are skipped, and nothing."""
+    bad = [problem for problem in found.problems if not problem.wanted]
+    if bad and (on_broken == "refuse" or not found.examples):
+        raise Refused(summary(bad))
+    if not found.examples:
+        if found.problems:
+            raise Refused(summary(list(found.problems)))
+        raise Refused(nothing(found.root, recursive))
+    return found
 
 
 def places(root: Path, recursive: bool) -> Iterator[tuple[Path, int, str]]:
@@ -119,27 +144,71 @@ def subfolders(place: Path) -> list[str]:
         return [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
 
 
-def read_place(root: Path, place: Path, repeats: int, fallback: str) -> Iterator[Example | Problem]:
-    """Yield the examples and problems of one folder, by name, without its subfolders."""
+def read_place(
+    root: Path,
+    place: Path,
+    repeats: int,
+    fallback: str,
+    how: Subset = PLAIN,
+    table: metadata.Captions | None = None,
+    masks: dict[str, Path] | None = None,
+) -> Iterator[Example | Problem]:
+    """Yield the examples and problems of one folder, by name, without its subfolders.
+
+    table: captions of the whole root. masks: by picture's name inside the root, without suffix.
+    """
     inner = "" if place == root else f"{place.relative_to(root).as_posix()}/"
     names, outside = listed(root, place)
+    sidecars = (how.caption_extension,) if how.caption_extension else SIDECARS
     captions: dict[str, list[str]] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if suffix.lower() in SIDECARS:
+        if suffix.lower() in sidecars:
             captions.setdefault(stem, []).append(name)
+    own = next((metadata.read(place / name) for name in metadata.NAMES if name in names), None)
     owners: dict[str, str] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if suffix.lower() not in SUFFIXES:
             continue
-        beside = captions.get(stem, [])
-        what = misplaced(name, beside, outside, owners.setdefault(stem, name))
-        text = "" if what else read_caption(f"{place}/{beside[0]}") if beside else fallback
-        if what or isinstance(text, Problem):
-            yield Problem(place / name, f"{place}/{what}") if what else text  # type: ignore[misc]
+        beside, path = captions.get(stem, []), f"{place}/{name}"
+        known = None if table is None else table.of(inner + name, path)
+        if known is None and own is not None:
+            known = own.of(name, path)
+        what = misplaced(name, beside, outside, owners.setdefault(stem, name), known)
+        if what:
+            yield Problem(place / name, f"{place}/{what}")
+            continue
+        text = read_caption(f"{place}/{beside[0]}", how.enable_wildcard) if beside else known
+        if text is None:
+            text = missing(path, how, fallback) if table is None else unlisted(path, how)
+        elif isinstance(text, str) and not how.enable_wildcard:
+            text = text.replace("\n", " ")
+        mask = None if masks is None else masks.get(inner + stem)
+        if isinstance(text, Problem):
+            yield text
+        elif masks is not None and mask is None:
+            yield Problem(place / name, f"{path}: has no mask in {how.conditioning_data_dir}.")
         else:
-            yield Example(root, inner + name, text, repeats)
+            times = repeats * (1 if how.num_repeats is None else how.num_repeats)
+            yield Example(root, inner + name, text, times, how=how, mask=mask)
+
+
+def missing(path: str, how: Subset, fallback: str) -> str | Problem:
+    """What a picture without a caption is given, or why it is not used."""
+    text = how.class_tokens or fallback
+    if text or how.on_missing_caption == "empty":
+        return text
+    if how.on_missing_caption == "skip":
+        return Problem(Path(path), f"{path}: has no caption.", wanted=True)
+    return Problem(
+        Path(path), f"{path}: has no caption; write one, or set on_missing_caption to empty."
+    )
+
+
+def unlisted(path: str, how: Subset) -> Problem:
+    """A picture that the folder's metadata, which says what is used, does not name."""
+    return Problem(Path(path), f"{path}: is not named in {how.metadata_file}.", wanted=True)
 
 
 def listed(root: Path, place: Path) -> tuple[list[str], set[str]]:
@@ -152,13 +221,17 @@ def listed(root: Path, place: Path) -> tuple[list[str], set[str]]:
     return files, {name for name in links if not inside(real, place / name)}
 
 
-def misplaced(name: str, beside: list[str], outside: set[str], owner: str) -> str:
+def misplaced(
+    name: str, beside: list[str], outside: set[str], owner: str, known: str | None = None
+) -> str:
     """Say what is wrong with the files of one picture, or nothing."""
     for link in (name, *beside):
         if link in outside:
             return f"{link}: this link leads out of the folder."
     if len(beside) > 1:
         return f"{name}: has two captions, {' and '.join(beside)}; keep one."
+    if beside and known is not None:
+        return f"{name}: has a caption in {beside[0]} and one in the metadata; keep one."
     if beside and owner != name:
         return f"{name}: shares its caption file with {owner}; rename one."
     return ""
@@ -172,8 +245,8 @@ def inside(root: Path, link: Path) -> bool:
         return False
 
 
-def read_caption(path: str) -> str | Problem:
-    """Return a caption without byte order mark, its lines joined by spaces."""
+def read_caption(path: str, lines: bool = False) -> str | Problem:
+    """Return a caption without byte order mark, its lines joined by spaces unless they matter."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 (a Path for each of 100,000 files is slow)
             raw = file.read()
@@ -185,7 +258,7 @@ def read_caption(path: str) -> str | Problem:
         return Problem(Path(path), f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8.")
     if "\0" in text:
         return Problem(Path(path), f"{path}: holds NUL characters; save it as UTF-8.")
-    return " ".join(text.split())
+    return metadata.clean(text) if lines else " ".join(text.split())
 
 
 def with_headers(examples: list[Example]) -> tuple[list[Example], list[Problem]]:

@@ -7,13 +7,14 @@ taken.  Colour profiles are not applied.  Nothing above PIXELS is decoded.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from recast.errors import NoRoom, Refused
 
@@ -28,6 +29,24 @@ SUFFIXES = frozenset(
 )
 ORIENTATION = 0x0112
 WHITE = (255, 255, 255)
+
+
+class Packed(Protocol):
+    """A picture that is no file of its own; as text, where it is."""
+
+    def read(self) -> bytes:
+        """Return its bytes; raises OSError and Refused."""
+
+
+Picture = Path | Packed
+
+
+def bytes_of(picture: Picture, most: int = -1) -> bytes:
+    """Return a picture's bytes, the first `most` of them."""
+    if not isinstance(picture, Path):
+        return picture.read()[: most if most >= 0 else None]
+    with picture.open("rb") as file:
+        return file.read(most)
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ def readers() -> tuple[str, ...]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image]:
+def opened(path: Picture) -> Iterator[Image]:
     """Open a picture without decoding it; any failure inside names the file.
 
     Pillow's readers raise whatever their parsing runs into (OSError, ValueError, SyntaxError,
@@ -62,7 +81,8 @@ def opened(path: Path) -> Iterator[Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with PIL.Image.open(path, formats=readers()) as picture:
+            file = path if isinstance(path, Path) else io.BytesIO(path.read())
+            with PIL.Image.open(file, formats=readers()) as picture:
                 limit(path, picture.size)
                 yield picture
     except Refused:
@@ -75,7 +95,7 @@ def opened(path: Path) -> Iterator[Image]:
         raise Refused(f"{path}: {reason(path, error)}") from error
 
 
-def limit(path: Path, size: tuple[int, int]) -> None:
+def limit(path: Picture, size: tuple[int, int]) -> None:
     """Refuse a picture that is empty or above the cap."""
     if min(size) < 1:
         raise Refused(f"{path}: the picture has no pixels ({size[0]}x{size[1]}).")
@@ -85,13 +105,12 @@ def limit(path: Path, size: tuple[int, int]) -> None:
         )
 
 
-def reason(path: Path, error: Exception) -> str:
+def reason(path: Picture, error: Exception) -> str:
     """Say in words why a picture cannot be read."""
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read ({error.strerror})."
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
+        head = bytes_of(path, 64)
     except OSError as unreadable:
         return f"cannot be read ({unreadable.strerror})."
     if not head:
@@ -104,7 +123,7 @@ def reason(path: Path, error: Exception) -> str:
     return f"the picture is broken ({said}); replace or remove it."
 
 
-def header(path: Path) -> Header:
+def header(path: Picture) -> Header:
     """Read format and size; decodes nothing, so that a truncated body is found only by `load`."""
     with opened(path) as picture:
         width, height = picture.size
@@ -132,7 +151,7 @@ def transparent(picture: Image) -> bool:
     return picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
 
 
-def load(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image:
+def load(path: Picture, *, background: tuple[int, int, int] = WHITE) -> Image:
     """Decode a picture as 8-bit RGB, upright; refuses by name what cannot be read whole."""
     from PIL import ImageOps
 
@@ -142,7 +161,7 @@ def load(path: Path, *, background: tuple[int, int, int] = WHITE) -> Image:
         return to_rgb(ImageOps.exif_transpose(picture), background, path)
 
 
-def to_rgb(picture: Image, background: tuple[int, int, int], path: Path) -> Image:
+def to_rgb(picture: Image, background: tuple[int, int, int], path: Picture) -> Image:
     """Return a picture of any mode as RGB, unclipped, without colours hidden under alpha."""
     import PIL.Image
 
@@ -159,7 +178,7 @@ def to_rgb(picture: Image, background: tuple[int, int, int], path: Path) -> Imag
     return PIL.Image.alpha_composite(ground, layer).convert("RGB")
 
 
-def grey_from_16_bit(picture: Image, path: Path) -> Image:
+def grey_from_16_bit(picture: Image, path: Picture) -> Image:
     """Scale 0..65535 to 0..255; refuses 32-bit grey, whose range is unknown."""
     import numpy as np
     import PIL.Image
