@@ -202,16 +202,18 @@ def dream(
     from recast.dream import Plan
     from recast.dream import dream as dream_pairs
     from recast.layout import open_checkpoint
-    from recast.model import open_model
+    from recast.model import open_model, usual_dtype
     from recast.objective import OBJECTIVES
 
     if to not in OBJECTIVES:
         raise Refused(f"no objective {to!r}: --to takes one of {', '.join(OBJECTIVES)}.")
     with open_checkpoint(model_path(model)) as file:
         texts = wishes_of(file, prompts, captions, grammar, level, seed)
+    where = device_of(device)
     opened = open_model(
-        model_path(model), device=device_of(device), parts=("unet", "te1", "te2"), objective=source
-    )
+        model_path(model), dtype=usual_dtype(where), device=where, parts=("unet", "te1", "te2"),
+        objective=source, lazily=True,
+    )  # fmt: skip
     plan = Plan(
         prompts=texts, pictures=pictures, steps=steps, guidance=cfg, seed=seed, size=size,
         objective=to, solver=solver,
