@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout.peft import CONFIG, METADATA, adapter_files
 
@@ -56,3 +57,13 @@ def _json(text: str) -> dict[str, object]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def refuse_other_base(path: Path, metadata: Mapping[str, str], base: Checkpoint) -> None:
+    """Refuse a checkpoint other than the one that an adapter's header says it was made on."""
+    stated = metadata.get("recast.base_sha256") or metadata.get("ss_new_sd_model_hash")
+    if stated and stated != base.sha256():
+        raise Refused(
+            f"{path} was made on the checkpoint with sha256 {stated[:12]}, and {base.path} is "
+            f"{base.sha256()[:12]}: give that one, or --any-base to measure against this."
+        )
