@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(["model", "adapter"], 3),
     **dict.fromkeys(["train", "distill", "sample", "data", "optim", "pocket"], 4),
     **dict.fromkeys(["evaluate", "recipe", "inspection"], 5),
-    "wishes": 5.4,
+    **dict.fromkeys(["wishes", "kohya"], 5.4),
     **dict.fromkeys(["dream", "painting"], 5.5),
     "surgery": 5.6,
     **dict.fromkeys(["convert", "verification"], 6),

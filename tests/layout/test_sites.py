@@ -23,6 +23,8 @@ TEXT_SUFFIX = re.compile(r"(\.lora_linear_layer|_lora|\.lora)\.(up|down)\.weight
         (SDXL, "principal", 788),
         (SDXL, "kohya-conv", 788),
         (SD15, "kohya-conv", 278),
+        (SDXL, "kohya", 722),
+        (SD15, "kohya", 192),
         (SDXL, "all", 794),
         (SDXL, "te1", 72),
         (SDXL, "te2", 192),

@@ -2,14 +2,16 @@
 
     lycoris-full  the matrices and convolutions of LyCORIS' preset "full": SDXL 788, SD 1.5 282
     kohya-conv    those of kohya's networks.lora with conv_dim: SDXL the same 788, SD 1.5 278
-    principal     the same
+    kohya         those of networks.lora without conv_dim, the transformers': SDXL 722, SD 1.5 192
+    principal     the same as lycoris-full
     all           also SDXL's time, label, in and out matrices: 794
     readout       every parameter of the last up block and of the output layers
     time          every parameter of the time embedding
-    te1, te2      the linear layers of a text encoder: 72, 192
+    te1, te2, te  the linear layers of a text encoder, or of all there are: 72, 192
     unet          every parameter of the UNet
     every         every parameter of the UNet and the text encoders
     IN04, MID1, OUT08, TE1.L00 …   every parameter of that block
+    OUT*, TE2.L1*, *attn2*, *.to_q.weight …   whose block, or whose part.path, a pattern fits
 
 Profiles and blocks may be joined by commas.  Blocks are counted as in the file: IN01 to OUT11 are
 input_blocks.1 to output_blocks.11; IN, OUT, TIME, LABEL the layers around them; TE1.EMB, TE1.L00 …,
@@ -21,6 +23,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from recast.errors import Refused
 from recast.layout.blueprint import Plan, blueprint
@@ -154,17 +157,19 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
             and ".L" in site.block
         )
 
-    last = _last_up_block(plan)
+    last, texts = _last_up_block(plan), TEXTS[plan.family]
     profiles: dict[str, Callable[[Site], bool]] = {
         "lycoris-full": full,
         "kohya-conv": inner,
+        "kohya": lambda site: matrix(site) and ".attentions." in site.module,
         "principal": full,
         "all": matrix,
         "readout": lambda site: site.block in last,
         "time": lambda site: site.block == "TIME",
         "unet": lambda site: site.part == "unet",
         "every": lambda site: True,
-        **{part: layer(part) for part in TEXTS[plan.family]},
+        **{part: layer(part) for part in texts},
+        "te": lambda site: any(layer(part)(site) for part in texts),
     }
     if name in profiles:
         return profiles[name]
@@ -172,12 +177,19 @@ def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], 
     block = "IN" if name == "IN00" else name
     if block in blocks:
         return lambda site: site.block == block
+    if "*" in name and any(_fits(name, site) for site in everything):
+        return lambda site: _fits(name, site)
     names = [*profiles, *sorted(blocks)]
     near = difflib.get_close_matches(name, names, 1, 0)
     raise Refused(
         f"{name!r} is no profile and no block of this model: did you mean {near[0]}? The "
         f"profiles are {', '.join(profiles)}."
     )
+
+
+def _fits(pattern: str, site: Site) -> bool:
+    """Whether a pattern fits the block of a parameter, or its path in its part."""
+    return fnmatchcase(site.block, pattern) or fnmatchcase(f"{site.part}.{site.name}", pattern)
 
 
 def _last_up_block(plan: Plan) -> set[str]:

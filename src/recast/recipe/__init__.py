@@ -20,7 +20,16 @@ from pydantic import ValidationError
 from recast.errors import Refused
 from recast.recipe.sections import IMPOSSIBLE, SECTIONS, Recipe
 
-__all__ = ["SECTIONS", "Recipe", "differences", "dump_toml", "load", "override", "presets"]
+__all__ = [
+    "SECTIONS",
+    "Recipe",
+    "differences",
+    "dump_short",
+    "dump_toml",
+    "load",
+    "override",
+    "presets",
+]
 
 MAX_BYTES = 64 * 1024
 SHOWN = 3  # problems named in one refusal
@@ -75,6 +84,18 @@ def dump_toml(recipe: Recipe) -> str:
     lines = [f"about = {_toml(recipe.about)}"]
     for section, values in recipe.model_dump(exclude={"about"}).items():
         lines += _table(section, values)
+    return "\n".join(lines) + "\n"
+
+
+def dump_short(recipe: Recipe) -> str:
+    """Write what differs from `default`, as TOML that `load` reads back to an equal recipe."""
+    usual = load().model_dump()
+    lines = [f"about = {_toml(recipe.about)}"]
+    for section, values in recipe.model_dump(exclude={"about"}).items():
+        kept = {key: value for key, value in values.items() if value != usual[section][key]}
+        if section == "train" and "optimizer" in kept:
+            kept |= {key: values[key] for key in ("lr", "optimizer_args")}
+        lines += _table(section, kept) if kept else []
     return "\n".join(lines) + "\n"
 
 

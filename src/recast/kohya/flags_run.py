@@ -1,0 +1,81 @@
+"""Rows of the flag table: where files go, saving, samples, validation, logs, metadata."""
+
+from __future__ import annotations
+
+from recast.kohya.flag import Flag, choice, idle, key, refused, through, told
+from recast.kohya.turns import last_steps, out, sampler
+
+HUB = "nothing is sent to a hub"
+SAID = "the header says recipe, parents and objective; recast mark writes more"
+
+
+# fmt: off
+RUN = (
+    Flag("output_dir", "word", through(out, "OUT"),
+        "the run's folder is OUTPUT_DIR/OUTPUT_NAME; the file in it is `adapter.safetensors`"),
+    Flag("output_name", "word", through(out, "OUT")),
+    Flag("save_precision", "word", choice("network.save", {"float": "fp32", "fp16": "fp16",
+        "bf16": "bf16"})),
+    Flag("save_model_as", "word", refused("files are safetensors", "safetensors")),
+    Flag("save_every_n_steps", "whole", key("save.every")),
+    Flag("save_every_n_epochs", "whole", key("save.epochs")),
+    Flag("save_n_epoch_ratio", "whole", refused("give --save_every_n_epochs")),
+    Flag("save_last_n_epochs", "whole", key("save.keep_last"), "files"),
+    Flag("save_last_n_steps", "whole", through(last_steps, "save.keep_last"),
+        "as files: steps / `--save_every_n_steps`"),
+    Flag("save_last_n_epochs_state", "whole",
+        idle("the two newest states are kept, and the last good one")),
+    Flag("save_last_n_steps_state", "whole",
+        idle("the two newest states are kept, and the last good one")),
+    Flag("save_state", "switch",
+        idle("states are saved in any case, every train.checkpoint_every steps")),
+    Flag("save_state_on_train_end", "switch", idle("the last state is kept in any case")),
+    Flag("resume", "word", idle("the same command resumes")),
+    Flag("initial_epoch", "whole", refused("the same command resumes, at the step it left", 1)),
+    Flag("initial_step", "whole", refused("the same command resumes, at the step it left", 0)),
+    Flag("skip_until_initial_step", "switch", idle("it belongs to --initial_step")),
+    Flag("network_weights", "word", told("FROM"), "an adapter that training goes on from"),
+    Flag("sample_every_n_steps", "whole", key("watch.previews_every")),
+    Flag("sample_every_n_epochs", "whole", key("watch.previews_epochs")),
+    Flag("sample_at_first", "switch", key("watch.previews_first")),
+    Flag("sample_prompts", "word", key("watch.prompts"), "in sd-scripts' own grammar"),
+    Flag("sample_sampler", "word", through(sampler, "watch.preview_solver")),
+    Flag("validation_split", "number", key("watch.validate_share")),
+    Flag("validation_seed", "whole", idle("what is held out follows train.seed")),
+    Flag("validate_every_n_steps", "whole", key("watch.validate_every")),
+    Flag("validate_every_n_epochs", "whole", key("watch.validate_epochs")),
+    Flag("max_validation_steps", "whole",
+        idle("validation is on as many latents as watch.validate_on says")),
+    Flag("logging_dir", "word",
+        idle("TensorBoard's events are in OUT/tb, the log is OUT/log.jsonl")),
+    Flag("log_with", "word", refused("logs are TensorBoard's and log.jsonl", "tensorboard")),
+    Flag("log_prefix", "word", idle("a run has one log")),
+    Flag("log_tracker_name", "word", idle("a run has one log")),
+    Flag("log_tracker_config", "word", idle("a run has one log")),
+    Flag("log_config", "switch", idle("the run folder holds recipe.toml")),
+    Flag("wandb_run_name", "word", idle("it belongs to wandb")),
+    Flag("wandb_api_key", "word", idle("it belongs to wandb")),
+    Flag("console_log_level", "word",
+        idle("progress goes to stderr, recast --debug shows tracebacks")),
+    Flag("console_log_file", "word", idle("progress goes to stderr: redirect it")),
+    Flag("console_log_simple", "switch", idle("progress is plain where stderr is no terminal")),
+    Flag("config_file", "word", idle("its values are taken where the command line is silent")),
+    Flag("output_config", "switch", refused("give recast kohya --save-recipe")),
+    Flag("no_metadata", "switch",
+        idle("an adapter's header names its base, or loaders misread it")),
+    Flag("training_comment", "word", key("about")),
+    Flag("metadata_title", "word", idle(SAID)),
+    Flag("metadata_author", "word", idle(SAID)),
+    Flag("metadata_description", "word", idle(SAID)),
+    Flag("metadata_license", "word", idle(SAID)),
+    Flag("metadata_tags", "word", idle(SAID)),
+    Flag("huggingface_repo_id", "word", refused(HUB)),
+    Flag("huggingface_repo_type", "word", idle(HUB)),
+    Flag("huggingface_path_in_repo", "word", idle(HUB)),
+    Flag("huggingface_token", "word", idle(HUB)),
+    Flag("huggingface_repo_visibility", "word", idle(HUB)),
+    Flag("save_state_to_huggingface", "switch", refused(HUB)),
+    Flag("resume_from_huggingface", "switch", refused("nothing is fetched from a hub")),
+    Flag("async_upload", "switch", idle(HUB)),
+)
+# fmt: on
