@@ -75,10 +75,15 @@ def initial_metadata(
     return {key: value for key, value in about.items() if value is not None}
 
 
+def is_matrix(site: Site) -> bool:
+    """Whether a parameter is the weight of a linear or convolution layer."""
+    return site.kind in MATRICES and site.param == "weight"
+
+
 def matrices(sites: Iterable[Site]) -> list[Site]:
     """The sites as a list, refused where one has no low-rank factors or there is none."""
     listed = list(sites)
-    odd = [site.lora for site in listed if site.kind not in MATRICES or site.param != "weight"]
+    odd = [site.lora for site in listed if not is_matrix(site)]
     if odd or not listed:
         raise Refused(
             f"{len(odd)} of {len(listed)} chosen sites are norms or biases, first "

@@ -16,7 +16,7 @@ from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
 from recast.convert.folder import Folder, Stopped, check_claim, claim
 from recast.events import Event, Note
-from recast.layout import open_checkpoint
+from recast.layout import detect, open_checkpoint
 from recast.recipe import Recipe, dump_toml, load, override
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks, exchange, start
+    from recast.convert import checks, exchange, start, texts
     from recast.convert.material import examples_of
     from recast.convert.sources import skips_broken, sources_of
 
@@ -109,6 +109,7 @@ def prepare(
     checks.check_way(job, source, objective)
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
+    texts.check(layout, job)
     vae = exchange.check(checkpoint, job)
     images = sources_of(job).images
     skipped = skips_broken(job)
@@ -183,7 +184,7 @@ def train_stage(
         return
     from recast.convert.fixed import parts
     from recast.convert.material import gather
-    from recast.convert.networks import put_in
+    from recast.convert.networks import put_in, text_parts
     from recast.convert.quantised import quantiser_of, report_base
     from recast.convert.training import learn
     from recast.objective import OBJECTIVES
@@ -191,7 +192,8 @@ def train_stage(
     target = OBJECTIVES[objective]
     material = yield from gather(checkpoint, folder, job, source, target, stopped)
     quantiser = quantiser_of(checkpoint, folder, job)
-    model = open_part(checkpoint, job, source, parts(job.recipe), quantiser)
+    needed = (*parts(job.recipe), *text_parts(detect(checkpoint), job.recipe))
+    model = open_part(checkpoint, job, source, needed, quantiser)
     if quantiser:
         yield from report_base(folder, model, job, next(material.draws(0)), target)
     start = yield from begin(checkpoint, folder, model, job, material, target)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from recast.adapter import entry_name
+from recast.convert.networks import text_end, trains_text
 from recast.errors import Refused
 from recast.layout import Layout
+from recast.layout.names import part_of
 from recast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ def groups(
 ) -> tuple[dict[str, nn.Parameter], list[Any]]:
     """(masters by name, what to build the optimizer of), both in the optimizer's order.
 
-    Of several rates for one layer the last holds. Late layers wait behind the key "since".
+    Of several rates for one layer the last holds. Late layers wait behind the key "since", text
+    encoders stay from the key "until" on; where there are any, "name" is a group's part.
     """
     how, named = recipe.train, attached.named()
-    if not how.rates and not how.widen:
+    texts = trains_text(layout, recipe)
+    if not how.rates and not how.widen and not texts:
         return named, list(named.values())
     first = {entry_name(site) for site in layout.sites(how.profile)}
     factors = {
@@ -48,16 +52,26 @@ def groups(
         for site in layout.sites(names)
     }
     entry_of = {id(p): spot.name for spot in attached.spots for p in spot.layer.parameters()}
-    kinds: dict[tuple[bool, float], dict[str, nn.Parameter]] = {}
+    kinds: dict[tuple[bool, str, float], dict[str, nn.Parameter]] = {}
     for name, parameter in named.items():
         entry = entry_of[id(parameter)]
         late = entry not in first
         factor = factors.get(entry, 1.0) * (how.widen_rate if late else 1.0)
-        kinds.setdefault((late, factor), {})[name] = parameter
-    since = round(how.widen_at * how.limit)
+        part = part_of(entry) if texts else ""
+        kinds.setdefault((late, part, factor), {})[name] = parameter
     ordered = sorted(kinds.items(), key=lambda kind: kind[0][0])
     made = [
-        {"params": list(each.values()), "lr": how.lr * factor, **({"since": since} if late else {})}
-        for (late, factor), each in ordered
+        {"params": list(each.values()), "lr": how.lr * factor, **span(recipe, late, part)}
+        for (late, part, factor), each in ordered
     ]
     return {name: p for _, each in ordered for name, p in each.items()}, made
+
+
+def span(recipe: Recipe, late: bool, part: str) -> dict[str, int | str]:
+    """From which step on, and up to which, a group is trained, and what it is called."""
+    found: dict[str, int | str] = {"name": part} if part else {}
+    if late:
+        found["since"] = round(recipe.train.widen_at * recipe.train.limit)
+    if part not in ("", "unet") and text_end(recipe) < recipe.train.limit:
+        found["until"] = text_end(recipe)
+    return found

@@ -18,11 +18,13 @@ from recast.checkpoint import Checkpoint
 from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
+from recast.convert.networks import trains_text
 from recast.convert.noising import draw, drawn, remarks
 from recast.convert.opening import opened
 from recast.convert.replay import ZERO, Replay
 from recast.convert.selfmade import Selfmade, finished
 from recast.convert.sources import dream_plan, skips_broken, sources_of
+from recast.convert.texts import Told
 from recast.dream import Shard, dream, read_shards
 from recast.errors import Refused
 from recast.events import Event, Note, Stage, Tick, amount
@@ -58,12 +60,16 @@ class Material(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """Latents and captions of a folder of images, noised along the new path."""
+    """Latents and captions of a folder of images, noised along the new path.
+
+    `reads`: the text encoders are trained, and read the captions themselves.
+    """
 
     dataset: Dataset
     recipe: Recipe
     objective: Objective
     bridge: Bridge | None = None
+    reads: bool = False
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
         return drawn(self.recipe, self.draw, done, aware)
@@ -79,6 +85,8 @@ class Images:
             self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
             batch.index, self.dataset.store.model.factor,
         )  # fmt: skip
+        if self.reads:
+            made = replace(made, condition=Told(batch.captions, batch.condition))
         if batch.weight is not None:
             both = batch.weight if made.weight is None else made.weight * batch.weight
             made = replace(made, weight=both)
@@ -192,7 +200,8 @@ def from_images(
     # From here on every entry is read: the encoders can leave the device's memory.
     slim = replace(student, parts={})
     dataset = replace(dataset, store=replace(store, model=slim))
-    return Images(dataset, job.recipe, objective, bridge)
+    reads = trains_text(model.layout, job.recipe)
+    return Images(dataset, job.recipe, objective, bridge, reads)
 
 
 def from_dreams(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.adapter import Adapter, Attached, attach
-from recast.adapter.decompose import matrices
+from recast.adapter.decompose import is_matrix, matrices
 from recast.adapter.layers import Dropouts
-from recast.adapter.lora import Dims, from_zero, spatial, write_lora
+from recast.adapter.lora import Dims, from_zero, write_lora
 from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Layout, Site
@@ -50,11 +50,26 @@ def dropouts_of(recipe: Recipe) -> Dropouts:
 
 
 def sites_of(layout: Layout, recipe: Recipe) -> list[Site]:
-    """The parameters that are trained sooner or later."""
-    sites = layout.sites(recipe.train.places)
-    if kind_of(recipe) == "lora" and not recipe.network.conv_dim:
-        return [site for site in sites if not spatial(site)]
-    return sites
+    """The parameters that are trained sooner or later, without those that nothing reads.
+
+    Of the blocks that a LoRA is given it takes the matrices, which alone have factors.
+    """
+    sites = [site for site in layout.sites(recipe.train.places) if not unread(layout, site)]
+    if kind_of(recipe) != "lora":
+        return sites
+    dims = dims_of(recipe)
+    return [site for site in sites if is_matrix(site) and dims.rank(site)]
+
+
+def unread(layout: Layout, site: Site) -> bool:
+    """Whether a parameter has no part in any picture: SDXL reads its first text encoder early.
+
+    That is before the last layer; of the second one the pooled output comes from there.
+    """
+    te1 = layout.plan.te1
+    if layout.family != "sdxl" or site.part != "te1" or te1 is None:
+        return False
+    return site.block in (f"TE1.L{te1.layers - 1:02}", "TE1.NORM")
 
 
 def parts_of(sites: Iterable[Site]) -> tuple[str, ...]:
@@ -62,13 +77,29 @@ def parts_of(sites: Iterable[Site]) -> tuple[str, ...]:
     return tuple(sorted({site.part for site in sites}, key=("unet", "te1", "te2").index))
 
 
+def trains_text(layout: Layout, recipe: Recipe) -> bool:
+    """Whether text encoders are trained."""
+    return any(site.part != "unet" for site in sites_of(layout, recipe))
+
+
+def text_parts(layout: Layout, recipe: Recipe) -> tuple[str, ...]:
+    """The text encoders that training needs: all, where one of them is trained."""
+    return layout.text_parts if trains_text(layout, recipe) else ()
+
+
+def text_end(recipe: Recipe) -> int:
+    """The number of steps after which text encoders stay as they are."""
+    how, limit = recipe.network, recipe.train.limit
+    return min(how.text_stop or limit, max(1, round(how.text_share * limit)))
+
+
 def check(layout: Layout, recipe: Recipe) -> None:
     """Refuse a network that cannot be put into the layers that the recipe names."""
     kind, sites = kind_of(recipe), sites_of(layout, recipe)
-    if others := [part for part in parts_of(sites) if part != "unet"]:
+    if not sites:
         raise Refused(
-            f"train.profile {recipe.train.places!r} names layers of {', '.join(others)}: "
-            "give layers of the UNet, the only part that is trained."
+            f"train.profile {recipe.train.places!r} names no layer that is read, of those that "
+            f"a network of kind {kind} can have: name others."
         )
     if kind == "principal" and not recipe.train.rank:
         raise Refused("network.kind is principal and train.rank is 0: give a rank, or kind full.")
@@ -119,7 +150,7 @@ def scales_of(sites: Iterable[Site], adapter: Adapter, recipe: Recipe) -> dict[s
 
 def put_in(model: Model, start: Start, recipe: Recipe) -> Attached:
     """Attach a start to the parts of the model that it is for."""
-    parts = {"unet", *parts_of(start.sites)}
+    parts = ("unet", *parts_of(start.sites))
     attached = attach(
         {part: model.part(part) for part in parts}, start.adapter, start.sites,
         dropouts=dropouts_of(recipe), scales=scales_of(start.sites, start.adapter, recipe),

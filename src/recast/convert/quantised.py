@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from recast.checkpoint import Checkpoint
 from recast.commit import commit
 from recast.convert.folder import Folder
+from recast.convert.texts import current
 from recast.errors import Refused
 from recast.events import Event, Note
 from recast.layout import detect, from_file, keymap
@@ -91,7 +92,7 @@ def forward_error(model: Model, draw: Draw, objective: Objective) -> float:
         [(_, tensor)] = from_file((entries[f"{name}.weight"],), model.checkpoint, "unet")
         return tensor.to(model.device, model.dtype)
 
-    net = model.net(draw.condition, objective)
+    net = model.net(current(model, draw.condition), objective)
     with torch.no_grad():
         found = net(draw.x, draw.t)
         with unquantised(model.unet, read):
