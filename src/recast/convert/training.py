@@ -13,6 +13,7 @@ import torch
 from recast.convert.course import Course
 from recast.convert.folder import Stopped
 from recast.convert.losses import loss_of
+from recast.convert.texts import current
 from recast.convert.trunk import Trunk, shared
 from recast.events import Event, Stage, Tick
 from recast.objective import Net, Objective
@@ -130,7 +131,9 @@ def student(
 
     def answer(draw: Draw) -> Tensor:
         known = trunk.answer(draw.x, draw.condition) if trunk else None
-        return model.net(draw.condition, objective)(draw.x, draw.t) if known is None else known
+        if known is not None:
+            return known
+        return model.net(current(model, draw.condition), objective)(draw.x, draw.t)
 
     return answer
 

@@ -137,11 +137,12 @@ def set_rate(optimizer: Optimizer, factor: float, done: int = 0) -> None:
     """Set every group's rate to `factor` times the rate it was built with.
 
     A group with the key "since" waits until so many steps are `done`: no rate and no gradients.
+    One with the key "until" stays as it is from there on.
     """
     for group in optimizer.param_groups:
-        waits = done < group.get("since", 0)
+        waits = done < group.get("since", 0) or done >= group.get("until", math.inf)
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (0.0 if waits else factor)
-        for parameter in group["params"] if "since" in group else ():
+        for parameter in group["params"] if {"since", "until"} & group.keys() else ():
             parameter.requires_grad_(not waits)
 
 
