@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,6 @@ from recast.convert import bridge as bridges
 from recast.convert.bridge import Bridge
 from recast.convert.folder import Folder
 from recast.errors import Refused
-from recast.events import Event, Note
 from recast.layout import detect, latents
 from recast.layout.vae import exchanged
 from recast.recipe import Recipe
@@ -79,22 +78,19 @@ def into(model: Model, checkpoint: Checkpoint, recipe: Recipe) -> Model:
     )  # fmt: skip
 
 
-def bridge_of(
-    old: Tensor, new: Tensor, folder: Folder, recipe: Recipe
-) -> Generator[Event, None, Bridge]:
+def bridge_of(old: Tensor, new: Tensor, folder: Folder, recipe: Recipe) -> Bridge:
     """The bridge between latents of the same pictures, made once; refused where it cannot carry."""
     bridge = bridges.read(folder)
     if bridge is None:
         bridge = bridges.fit(old[: bridges.FITTED], new[: bridges.FITTED])
         check_bridge(bridge, recipe)
         bridges.keep(folder, bridge)
-    yield Note(bridge.in_words())
     return bridge
 
 
 def bridge_of_images(
     old: Model, new: Model, dataset: Dataset, folder: Folder, recipe: Recipe
-) -> Generator[Event, None, Bridge | None]:
+) -> Bridge | None:
     """The bridge over a folder's first images; None where the VAE stays."""
     if new is old:
         return None
@@ -106,7 +102,7 @@ def bridge_of_images(
     with torch.no_grad():
         pairs = [(old.encode(one).cpu(), new.encode(one).cpu()) for one in pixels]
     one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return (yield from bridge_of(one, other, folder, recipe))
+    return bridge_of(one, other, folder, recipe)
 
 
 def check_bridge(bridge: Bridge, recipe: Recipe) -> None:

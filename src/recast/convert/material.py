@@ -148,10 +148,10 @@ def gather(
         images = yield from from_images(checkpoint, wanted.images, *rest)
     if wanted.dreams is not None:
         dreams = yield from from_dreams(checkpoint, *rest)
-    if images and dreams:
-        return Mixed(images, dreams, job.recipe)
-    found = images or dreams
+    found = Mixed(images, dreams, job.recipe) if images and dreams else images or dreams
     assert found is not None
+    if found.bridge is not None:
+        yield Note(found.bridge.in_words())
     return found
 
 
@@ -195,7 +195,7 @@ def from_images(
             raise Stopped(signal, "stopped while encoding images; the same command goes on there.")
     taught, held = fixed.hold_out(made, job.recipe)
     dataset = Dataset.of(store, taught)
-    bridge = yield from exchange.bridge_of_images(model, student, dataset, folder, job.recipe)
+    bridge = exchange.bridge_of_images(model, student, dataset, folder, job.recipe)
     fixed.prepare(model, student, folder, job, objective, bridge, fixed.known(dataset, held))
     # From here on every entry is read: the encoders can leave the device's memory.
     slim = replace(student, parts={})
@@ -231,7 +231,7 @@ def from_dreams(
     x0 = made.x0
     if student is not model:
         x0 = crossed(model, student, x0.to(model.device)).cpu()
-        bridge = yield from exchange.bridge_of(made.x0, x0, folder, job.recipe)
+        bridge = exchange.bridge_of(made.x0, x0, folder, job.recipe)
     fixed.prepare(model, student, folder, job, objective, bridge)
     row = torch.tensor([rows[prompt] for prompt in made.prompts])
     return Selfmade(x0, row, made.zeroed, conditions, *about, bridge)
