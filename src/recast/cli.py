@@ -7,7 +7,15 @@ import sys
 
 import typer
 
-from recast import __version__, cli_files, cli_kohya, cli_lora, cli_patch, cli_run
+from recast import (
+    __version__,
+    cli_chop,
+    cli_files,
+    cli_kohya,
+    cli_lora,
+    cli_patch,
+    cli_run,
+)
 from recast.commit import FULL
 from recast.console import ERR
 from recast.errors import NoRoom, RecastError
@@ -38,7 +46,10 @@ def options(
     """Change what a Stable Diffusion checkpoint predicts, without losing what it knows."""
 
 
-for verb in (*cli_run.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS, *cli_kohya.VERBS):
+for verb in (
+    *cli_run.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
+    *cli_chop.VERBS, *cli_kohya.VERBS,
+):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)
 
