@@ -153,7 +153,8 @@ def put_in(model: Model, start: Start, recipe: Recipe) -> Attached:
     parts = ("unet", *parts_of(start.sites))
     attached = attach(
         {part: model.part(part) for part in parts}, start.adapter, start.sites,
-        dropouts=dropouts_of(recipe), scales=scales_of(start.sites, start.adapter, recipe),
+        initial=start.initial, dropouts=dropouts_of(recipe),
+        scales=scales_of(start.sites, start.adapter, recipe),
     )  # fmt: skip
     attached.hold(start.held)
     return attached
