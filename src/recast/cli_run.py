@@ -125,6 +125,16 @@ def train(
         int | None, typer.Option(min=0, help="Rank of a LoRA's convolutions; 0 leaves them out.")
     ] = None,
     conv_alpha: Annotated[float | None, typer.Option(help="Their alpha.")] = None,
+    te: Annotated[
+        bool, typer.Option("--te", help="Train the text encoders too, beside the recipe's layers.")
+    ] = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Go on from an adapter: any format, or a PEFT folder."),
+    ] = None,
+    far: Annotated[
+        bool, typer.Option("--far", help="Go on even if it was made for another checkpoint.")
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the model with a LoRA merged in too.")
     ] = False,
@@ -149,9 +159,12 @@ def train(
 
     how = recipe_of(recipe, None, steps, seed, rank=rank, base=base)
     chosen = {"kind": network, "dim": dim, "alpha": alpha, "conv_dim": conv_dim,
-              "conv_alpha": conv_alpha, "merge": merge or None}  # fmt: skip
+              "conv_alpha": conv_alpha, "merge": merge or None,
+              "weights": None if from_ is None else str(from_)}  # fmt: skip
+    layers = f"{how.train.profile},te" if te else None
     job = Job(
-        model_path(model), out, override(how, lr=lr, network=chosen), images=images, source=source,
+        model_path(model), out, override(how, lr=lr, profile=layers, network=chosen),
+        images=images, source=source, far=far,
         device=device_of(device), skip_broken=skip_broken, force=force, measure=False,
     )  # fmt: skip
     with console.stoppable() as stopped:

@@ -99,7 +99,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks, exchange, start, texts
+    from recast.convert import checks, exchange, proceed, start, texts
     from recast.convert.material import examples_of
     from recast.convert.sources import skips_broken, sources_of
 
@@ -110,6 +110,7 @@ def prepare(
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
     texts.check(layout, job)
+    proceed.check(checkpoint, layout, job)
     vae = exchange.check(checkpoint, job)
     images = sources_of(job).images
     skipped = skips_broken(job)
@@ -129,6 +130,7 @@ def identify(
     checkpoint: Checkpoint, job: Job, source: str, objective: str, found: tuple[Example, ...]
 ) -> dict[str, object]:
     """What names this run: the model, the images, the recipe."""
+    from recast.convert import proceed
     from recast.convert.material import images_digest
     from recast.convert.sources import dream_plan, sources_of
     from recast.convert.start import identity
@@ -147,6 +149,7 @@ def identify(
         "recipe": recipe,
         **({"via": list(job.via)} if job.via else {}),
         **identity(job),
+        **proceed.identity(job),
     }
 
 

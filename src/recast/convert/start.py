@@ -42,11 +42,15 @@ WARM, PATCH = "recast.warm", "recast.start"
 
 @dataclass(frozen=True)
 class Start:
-    """The adapter before training, the sites it sits at, and the entries that are not trained."""
+    """The adapter before training, the sites it sits at, and the entries that are not trained.
+
+    initial: of principal factors that have been trained before.
+    """
 
     adapter: Adapter
     sites: list[Site]
     held: frozenset[str] = frozenset()
+    initial: Adapter | None = None
 
 
 def check(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> None:
@@ -94,7 +98,11 @@ def begin(
     objective: Objective,
 ) -> Generator[Event, None, Start]:
     """The start that the recipe or the command line asks for."""
+    from recast.convert.proceed import proceed
+
     kind, sites = kind_of(job.recipe), sites_of(model.layout, job.recipe)
+    if job.recipe.network.weights:
+        return (yield from proceed(checkpoint, model.layout, folder, job))
     if kind == "principal":
         return Start(principal(checkpoint, folder, sites, job.recipe.train.rank), sites)
     if kind == "lora":

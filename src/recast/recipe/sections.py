@@ -176,6 +176,7 @@ class Network(_Section):
     alpha: Positive
     conv_dim: Whole
     conv_alpha: Positive
+    weights: Line
     dropout: Rate
     rank_dropout: Rate
     module_dropout: Rate
