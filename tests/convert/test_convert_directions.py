@@ -160,7 +160,7 @@ MODEL = "model.safetensors"
 
 
 def test_a_warm_start_is_kept_where_it_is_not_trained(home: Path, tmp_path: Path) -> None:
-    how = small.recipe(home, "flow", steps=2, checkpoint_every=1, warm="clock,output")
+    how = small.recipe(home, "flow", steps=2, checkpoint_every=1, warm="clock")
     job = Job(
         home / "sdxl.safetensors", tmp_path, how, images=home / "images", measure=False
     )  # fmt: skip
@@ -179,7 +179,6 @@ def test_a_warm_start_is_kept_where_it_is_not_trained(home: Path, tmp_path: Path
         assert entry.dense().any()
     errors = json.loads(trained.metadata["recast.warm"])
     assert errors["clock"]["after"] < errors["clock"]["before"]
-    assert errors["output"].keys() == {"before", "after"}
     patch = read_adapter(tmp_path / "patch.safetensors")
     assert clock <= patch.entries.keys()
     small.convert(job)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recast.objective import EPS, FLOW
-from recast.train import fit_clock, fit_output
+from recast.train import fit_clock
 
 torch.set_num_threads(1)
 
@@ -40,25 +40,3 @@ def test_each_stage_lowers_the_error_and_the_module_is_left_alone() -> None:
 def test_the_same_clock_needs_nothing() -> None:
     fit = fit_clock(Embedding(), features, FLOW.path, FLOW.path, points=50, steps=1)
     assert fit.before == fit.after == 0
-
-
-def test_the_output_layer_is_found_again() -> None:
-    torch.manual_seed(0)
-    old, wanted = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
-    before = old.weight.clone()
-    given = [torch.randn(2, 6, 5, 5) for _ in range(8)]
-    fit = fit_output(old, ((h, wanted(h).detach()) for h in given), ridge=1e-9)
-    assert fit.after < 1e-3 < 0.5 < fit.before
-    torch.testing.assert_close(fit.weight, wanted.weight.detach(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(fit.bias, wanted.bias.detach(), atol=1e-4, rtol=1e-4)
-    assert torch.equal(old.weight, before)
-
-
-def test_an_output_layer_that_is_right_already_stays() -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(6, 4, 3, padding=1)
-    pairs = [(h, conv(h).detach()) for h in torch.randn(24, 1, 6, 5, 5)]
-    fit = fit_output(conv, pairs)
-    torch.testing.assert_close(fit.weight, conv.weight.detach(), atol=1e-5, rtol=1e-5)
-    assert fit.before < 1e-3  # sums of squares in fp32 leave the root of their rounding
-    assert fit.after < 1e-3

@@ -4,10 +4,12 @@ data.source   images   the user's pictures, noised
               replay   states and answers that the original met while it painted
               dreams   the pictures that it painted, noised
               mix      images, and one of the other two
+              auto     replay; a mix with images, if there are any and the original teaches
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,9 +22,11 @@ from recast.wishes import CAPTIONS, GRAMMAR, captions_of, from_grammar, prompts_
 if TYPE_CHECKING:
     from recast.convert import Job
     from recast.layout import Layout
+    from recast.recipe import Recipe
 
 Dreamt = Literal["replay", "dreams"]
 PIXELS = 8  # that a latent is wide, in every family
+ENOUGH = 100  # pictures of an automatic count: more gave nothing (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,21 @@ def sources_of(job: Job) -> Sources:
     data, folder = job.recipe.data, images_of(job)
     kind = data.source
     if kind == "auto":
-        kind = "replay" if folder is None else "images"
-    if kind == "images":
+        kind = "replay" if folder is None else "mix" if mixes(job.recipe) else "images"
+    if kind == "images" or (kind == "mix" and data.mix_share == 1):
         return Sources(folder, None)
     how: Dreamt = data.mix_with if kind == "mix" else kind
     return Sources(folder if kind == "mix" else None, "dreams" if data.vae else how)
+
+
+def mixes(recipe: Recipe) -> bool:
+    """Whether replayed states go with what a recipe makes of images.
+
+    They bring noise and the original's answers with them, in its own latent space.
+    """
+    noise = recipe.noise
+    noised = noise.multires or noise.offset or noise.perturbation or noise.pairing != "none"
+    return recipe.target.teacher == "teacher" and not noised and not recipe.data.vae
 
 
 def check(job: Job) -> None:
@@ -76,7 +90,7 @@ def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
     data = job.recipe.data
     return Plan(
         prompts=wishes(job, checkpoint),
-        pictures=data.pictures,
+        pictures=pictures_of(job),
         steps=data.replay_steps,
         guidance=data.guidance,
         jitter=data.jitter,
@@ -90,6 +104,16 @@ def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
     )
 
 
+def pictures_of(job: Job) -> int:
+    """How many pictures are dreamt; without a number, no more states than the run draws."""
+    data, how = job.recipe.data, job.recipe.train
+    if data.pictures:
+        return data.pictures
+    share = 1.0 if sources_of(job).images is None else 1 - data.mix_share
+    drawn = how.limit * how.batch * how.accumulate * share
+    return max(1, min(ENOUGH, math.ceil(drawn / data.replay_steps)))
+
+
 def wishes(job: Job, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The prompts to dream of: captions, the grammar's, a file's or the list that ships."""
     data, folder = job.recipe.data, images_of(job)
@@ -97,7 +121,7 @@ def wishes(job: Job, checkpoint: Checkpoint) -> tuple[str, ...]:
         return captions_of(folder)
     if data.prompts == GRAMMAR:
         seed = job.recipe.train.seed
-        return from_grammar(data.pictures, checkpoint, seed=seed, level=data.grammar_level)
+        return from_grammar(pictures_of(job), checkpoint, seed=seed, level=data.grammar_level)
     return prompts_for(Path(data.prompts) if data.prompts else None, checkpoint)
 
 

@@ -113,7 +113,7 @@ def begin(
     if not folder.has(FILE):
         zeros = zeros_full(checkpoint, sites)
         made = (
-            warmed(checkpoint, model, job, material, objective, zeros)
+            warmed(checkpoint, model, job, bridge, objective, zeros)
             if job.start is None
             else patched(checkpoint, job, zeros)
         )
@@ -164,39 +164,32 @@ def _based(
     return as_change(entries, Adapter(entries, about))
 
 
-def warms(job: Job, source: Objective, objective: Objective) -> tuple[str, ...]:
-    """The warm starts of a run; "auto": those that show a frozen trunk what it knows.
+def warms(job: Job, source: Objective, objective: Objective) -> bool:
+    """Whether the time embedding is fitted first; needless where both objectives walk one path.
 
-    Clock and input have nothing to mend where both objectives walk one path.
+    "auto": where layers are trained whole and no patch is the start.
     """
-    how = job.recipe.train
-    asked = () if how.warm == "none" else tuple(how.warm.split(","))
-    if asked == ("auto",):
-        asked = () if kind_of(job.recipe) != "full" or job.start else ("clock", "input")
-    return tuple(kind for kind in asked if kind == "output" or source.path != objective.path)
+    asked = job.recipe.train.warm
+    wanted = asked == "clock" or (
+        asked == "auto" and kind_of(job.recipe) == "full" and job.start is None
+    )
+    return wanted and source.path != objective.path
 
 
 def warmed(
     checkpoint: Checkpoint,
     model: Model,
     job: Job,
-    material: Material,
+    bridge: Bridge | None,
     objective: Objective,
     zeros: Adapter,
 ) -> Adapter:
-    """Zero changes with what the recipe's warm starts fit in closed form."""
-    kinds = warms(job, model.objective, objective)
+    """Zero changes with what is fitted in closed form."""
     entries, residuals = dict(zeros.entries), {}
-    if material.bridge is not None:
-        entries |= over(checkpoint, model, material.bridge)
-    if "clock" in kinds:
+    if bridge is not None:
+        entries |= over(checkpoint, model, bridge)
+    if warms(job, model.objective, objective):
         found, residuals["clock"] = clock(checkpoint, model, objective)
-        entries |= found
-    if "input" in kinds:
-        entries, residuals["input"] = scaled(checkpoint, model, objective, entries)
-    if "output" in kinds:
-        start = as_change(entries, zeros)
-        found, residuals["output"] = output(checkpoint, model, job, material, objective, start)
         entries |= found
     about = {**zeros.metadata, WARM: json.dumps(residuals)}
     return as_change(entries, replace(zeros, metadata=about))
@@ -231,69 +224,6 @@ def clock(checkpoint: Checkpoint, model: Model, objective: Objective) -> Fitted:
     return _changes(checkpoint, model, new), residuals
 
 
-def scaled(
-    checkpoint: Checkpoint,
-    model: Model,
-    objective: Objective,
-    entries: Mapping[str, LowRank | Full],
-) -> tuple[dict[str, LowRank | Full], dict[str, float]]:
-    """Entries with the first convolution scaled to the source's samples, and the errors."""
-    from recast.train import fit_input
-
-    fit = fit_input(model.objective.path, objective.path)
-    name = "conv_in.weight"
-    site = {site.name: site for site in model.layout.sites("unet")}[name]
-    old = read_site(checkpoint, site).float()
-    held = entries.get(entry_name(site))
-    so_far = old if held is None else old + held.dense()
-    new = _changes(checkpoint, model, {name: fit.factor * so_far})
-    return {**entries, **new}, {"before": fit.before, "after": fit.after}
-
-
-def output(
-    checkpoint: Checkpoint,
-    model: Model,
-    job: Job,
-    material: Material,
-    objective: Objective,
-    start: Adapter,
-) -> Fitted:
-    """Changes of the output convolution, by least squares against the run's own target.
-
-    None where they are no better on batches that were not fitted.
-    """
-    import torch
-
-    from recast.convert.training import student, target_of
-    from recast.train import fit_output
-
-    conv = model.unet.get_submodule("conv_out")
-    assert isinstance(conv, torch.nn.Conv2d)
-    attached = attach({"unet": model.unet}, start, model.layout.sites("every"))
-    target, answer = (
-        target_of(job.recipe, model, attached, objective, material.null(), bridge=material.bridge),
-        student(model, objective),
-    )
-    met: list[torch.Tensor] = []
-    hook = conv.register_forward_pre_hook(lambda module, given: met.append(given[0].detach()))
-
-    def pair(draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = target(draw).value
-        met.clear()
-        with torch.no_grad():
-            answer(draw)
-        return met.pop(), wanted
-
-    try:
-        fit = fit_output(conv, (pair(draw) for draw in islice(material.draws(0), BATCHES)))
-    finally:
-        hook.remove()
-        attached.detach()
-    better = fit.after < fit.before
-    new = {"conv_out.weight": fit.weight, "conv_out.bias": fit.bias} if better else {}
-    return _changes(checkpoint, model, new), {"before": fit.before, "after": fit.after}
-
-
 def _changes(
     checkpoint: Checkpoint, model: Model, new: Mapping[str, torch.Tensor]
 ) -> dict[str, LowRank | Full]:
@@ -310,10 +240,9 @@ def told(metadata: Mapping[str, str]) -> tuple[str, ...]:
     found = []
     if WARM in metadata:
         for kind, errors in json.loads(metadata[WARM]).items():
-            left = "" if errors["after"] < errors["before"] else ", so it was left out"
             found.append(
                 f"Warm start of the {kind}: relative error {errors['before']:.3f} before, "
-                f"{errors['after']:.4f} after{left}."
+                f"{errors['after']:.4f} after."
             )
     if PATCH in metadata:
         origin = json.loads(metadata[PATCH])

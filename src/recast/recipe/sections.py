@@ -22,7 +22,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Line = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Names = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[A-Za-z0-9_.,* -]+$")]
-WARMS = "(clock|input|output)"
 Class = Annotated[
     str, StringConstraints(max_length=200, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 ]
@@ -146,7 +145,7 @@ class Train(_Section):
     seed: Seed
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     base: Literal["full", "8bit", "4bit"]
-    warm: Annotated[str, StringConstraints(pattern=rf"^(auto|none|{WARMS}(,{WARMS})*)$")]
+    warm: Literal["auto", "none", "clock"]
     masters: Literal["fp32", "bf16"]
     recompute: bool
     compile: bool
@@ -205,7 +204,7 @@ class Data(_Section):
     images: Line
     source: Literal["auto", "images", "replay", "dreams", "mix"]
     mix_with: Literal["replay", "dreams"]
-    mix_share: Annotated[float, Field(gt=0, lt=1)]
+    mix_share: Annotated[float, Field(gt=0, le=1)]
     vae: Line
     vae_scale: Amount
     vae_shift: float
@@ -217,7 +216,7 @@ class Data(_Section):
     skip_broken: bool
     prompts: Line
     grammar_level: Annotated[int, Field(ge=0, le=5)]
-    pictures: Count
+    pictures: Whole
     replay_solver: Names
     replay_steps: Count
     guidance: Amount

@@ -9,7 +9,7 @@ from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Stud
 from recast.train.schedules import SCHEDULES, Schedule, schedule_of, warmup
 from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
 from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, guided, mix
-from recast.train.warm import Fit, InputFit, OutputFit, fit_clock, fit_input, fit_output
+from recast.train.warm import Fit, fit_clock
 
 __all__ = [
     "DISTANCES",
@@ -22,10 +22,8 @@ __all__ = [
     "Draw",
     "Ema",
     "Fit",
-    "InputFit",
     "Found",
     "Learned",
-    "OutputFit",
     "Schedule",
     "Seen",
     "Step",
@@ -37,8 +35,6 @@ __all__ = [
     "checked",
     "criterion",
     "fit_clock",
-    "fit_input",
-    "fit_output",
     "from_data",
     "from_teacher",
     "guided",

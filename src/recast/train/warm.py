@@ -1,22 +1,19 @@
-"""Warm starts: what can be fitted in closed form before the first step.
+"""A warm start: the time embedding fitted to a new clock in closed form, before the first step.
 
-    clock     MLP'(features(embed'(t))) = MLP(features(embed(tau(t))))     for t in [0, 1]
-    input     k = E[r(t) |x|²] / E[|x|²]     where r(t) x on the source's path is x on the target's
-    output    conv_out'(h(x, t)) = what the teacher answers at (x, t)      on a few latents
+    MLP'(features(embed'(t))) = MLP(features(embed(tau(t))))     for t in [0, 1]
 
-tau(t) is the time on the source's path with the same sigma/alpha, h what the last convolution is
-given. Clock and input show a frozen trunk nearly what it knows: what is left of them is the part of
-r(t) that no constant is. docs/log.md has what each gave.
+tau(t) is the time on the source's path with the same sigma/alpha. What else was tried (the scale
+of the first layer, the last layer by least squares) is in docs/log.md: it gave nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from recast.objective import Path, carry, retime
+from recast.objective import Path, retime
 
 
 @dataclass(frozen=True)
@@ -89,98 +86,3 @@ def _error(output: Tensor, wanted: Tensor) -> float:
 
 def _weights(mlp: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in mlp.named_parameters()}
-
-
-@dataclass(frozen=True)
-class InputFit:
-    """The factor of the first convolution's weights, and the error |k x - r x| / |r x|.
-
-    `before` is that of k = 1.
-    """
-
-    factor: float
-    before: float
-    after: float
-
-
-def fit_input(source: Path, target: Path, *, points: int = 1000) -> InputFit:
-    """The constant nearest to the scale between the samples of two paths.
-
-    Data and noise are taken for independent and of variance 1, so |x|² = alpha² + sigma².
-    """
-    t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    alpha, sigma = target(t)
-    power = alpha.square() + sigma.square()
-    r, _ = carry(torch.ones_like(t), t, target, source)
-    factor = ((r * power).sum() / power.sum()).item()
-
-    def error(k: float) -> float:
-        missed, whole = ((k - r).square() * power).sum(), (r.square() * power).sum()
-        return (missed / whole).sqrt().item()
-
-    return InputFit(factor, error(1.0), error(factor))
-
-
-@dataclass(frozen=True)
-class OutputFit:
-    """A new weight and bias of a convolution, and |conv(h) - wanted| / |wanted| before and after.
-
-    Errors are those of pairs that were not fitted.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    before: float
-    after: float
-
-
-@dataclass
-class _Moments:
-    """Sums over pixels of columns' products: H'H, H'Y and Y'Y, in fp64."""
-
-    gram: Tensor
-    cross: Tensor
-    square: float
-
-    def error(self, solution: Tensor) -> float:
-        """|H W - Y| / |Y|."""
-        fitted = (solution * (self.gram @ solution - 2 * self.cross)).sum().item()
-        return (max(fitted + self.square, 0.0) / self.square) ** 0.5 if self.square else 0.0
-
-
-def fit_output(
-    conv: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float = 1e-4
-) -> OutputFit:
-    """Fit a convolution of stride 1 to (input, wanted output) pairs, `conv` itself left untouched.
-
-    Every second pair is kept for the errors. The ridge, in mean squares of the columns, holds the
-    solution near the old weights.
-    """
-    old = _as_columns(conv)
-    fitted, kept = (_Moments(old.new_zeros(len(old), len(old)), old * 0, 0.0) for _ in range(2))
-    for number, (given, wanted) in enumerate(pairs):
-        _add(kept if number % 2 else fitted, conv, given, wanted)
-    gram = fitted.gram.clone()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    new = old + torch.linalg.solve(gram, fitted.cross - fitted.gram @ old)
-    weight = new[:-1].T.reshape(conv.weight.shape).float()
-    return OutputFit(weight, new[-1].float(), kept.error(old), kept.error(new))
-
-
-def _as_columns(conv: nn.Conv2d) -> Tensor:
-    """Weight and bias as the matrix that unfolded columns and a 1 are multiplied with."""
-    assert conv.bias is not None
-    with torch.no_grad():
-        return torch.cat([conv.weight.flatten(1).T, conv.bias[None]]).double()
-
-
-def _add(moments: _Moments, conv: nn.Conv2d, given: Tensor, wanted: Tensor) -> None:
-    """Add one batch's pixels, a sample at a time: unfolding makes 9 copies of the input."""
-    size, padding = conv.kernel_size, conv.padding
-    for one, answer in zip(given.split(1), wanted.split(1), strict=True):
-        columns = nn.functional.unfold(one.float(), size, padding=padding)[0].T  # type: ignore[arg-type]
-        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
-        y = answer.float().flatten(2)[0].T
-        moments.gram += (columns.T @ columns).double()
-        moments.cross += (columns.T @ y).double()
-        moments.square += y.double().square().sum().item()
