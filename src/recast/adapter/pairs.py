@@ -34,6 +34,12 @@ class Pair:
         return replace(self, up=(self.up.float() * (self.alpha / alpha)).to(self.up.dtype),
                        alpha=alpha)  # fmt: skip
 
+    def stronger(self, weight: float) -> Pair:
+        """The change times a weight, rounded to the factors' dtype."""
+        if weight == 1:
+            return self
+        return replace(self, up=(self.up.double() * weight).to(self.up.dtype))
+
     def raised(self) -> Tensor:
         """`up` with the trailing 1x1 kernel that convolutions have."""
         return self.up.reshape(*self.up.shape, *(1,) * (self.down.ndim - 2))
