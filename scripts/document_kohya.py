@@ -18,9 +18,9 @@ recast train model.safetensors photos --recipe mine.toml --out runs/mine
 
 Commands of `sdxl_train_network.py` and `train_network.py` are read. Line ends `^`, `\\` and
 `` ` ``, quotes, Windows paths and variables that the file itself sets are understood.
-`--config_file` is read, and its values hold where the command line is silent. Before it trains it says what
-became of every flag: a key of the recipe, or nothing and why. A flag that cannot be honoured ends
-it, in one sentence, before anything is written.
+`--config_file` is read, and its values hold where the command line is silent. Before it trains it
+says what became of every flag: a key of the recipe, or nothing and why. A flag that cannot be
+honoured ends it, in one sentence, before anything is written.
 
 What no flag says is as in sd-scripts, not as in Recast's own recipes: batch 1, AdamW with weight
 decay 0.01, {steps} steps, no caption dropout, no buckets, times drawn evenly, loss `l2`. Four

@@ -22,10 +22,13 @@ from recast.cli_common import (
     SkipBroken,
     Source,
     Steps,
+    VaeScale,
+    VaeShift,
     device_of,
     model_path,
     vae_path,
 )
+from recast.cli_data import Missing, of_images
 from recast.errors import Refused
 from recast.show import say, show, show_file
 
@@ -38,11 +41,12 @@ def convert(
     model: Model,
     out: Out,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What it shall predict: flow, v-zsnr, v, eps, x0; same: what it does already."
+            help="What it shall predict: flow, v-zsnr, v, eps, x0; same: what it does already; the "
+            "recipe's otherwise, of the default one flow."
         ),
-    ] = "flow",
+    ] = None,
     vae: Annotated[
         Path | None,
         typer.Option(
@@ -50,11 +54,8 @@ def convert(
             "pocket-eq, which ships with Recast."
         ),
     ] = None,
-    vae_scale: Annotated[
-        float | None,
-        typer.Option(help="Latents are (z - shift) scale, where the VAE does not say so."),
-    ] = None,
-    vae_shift: Annotated[float | None, typer.Option(help="See --vae-scale; 0 otherwise.")] = None,
+    vae_scale: VaeScale = None,
+    vae_shift: VaeShift = None,
     via: Annotated[
         list[str] | None,
         typer.Option(help="An objective on the way, a run of its own; may be given again."),
@@ -106,7 +107,12 @@ def convert(
 
 def train(
     model: Model,
-    images: Annotated[Path, typer.Argument(help="Folder of images with .txt captions.")],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            help="Images with .txt captions, or a dataset file of kohya's; see recast data."
+        ),
+    ],
     out: Out,
     recipe: Recipe = "train",
     network: Annotated[
@@ -138,6 +144,16 @@ def train(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the model with a LoRA merged in too.")
     ] = False,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train in this VAE's latent space, and write it: a file, a vae folder, a "
+            "checkpoint; or pocket-eq."
+        ),
+    ] = None,
+    vae_scale: VaeScale = None,
+    vae_shift: VaeShift = None,
+    on_missing_caption: Missing = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -162,6 +178,7 @@ def train(
               "conv_alpha": conv_alpha, "merge": merge or None,
               "weights": None if from_ is None else str(from_)}  # fmt: skip
     layers = f"{how.train.profile},te" if te else None
+    how = with_vae(of_images(how, images, on_missing_caption), vae, vae_scale, vae_shift)
     job = Job(
         model_path(model), out, override(how, lr=lr, profile=layers, network=chosen),
         images=images, source=source, far=far,

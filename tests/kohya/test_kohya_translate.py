@@ -13,7 +13,7 @@ from recast.kohya.flags import FLAGS, LAUNCH, SECTIONS
 from recast.kohya.network import NETWORK_ARGS
 from recast.kohya.shell import commands
 from recast.recipe import SECTIONS as RECIPE
-from recast.recipe import dump_short, load
+from recast.recipe import differences, dump_short, load
 
 BASE = (
     "--pretrained_model_name_or_path=a.safetensors", "--network_module=networks.lora",
@@ -356,3 +356,22 @@ def test_a_saved_recipe_reads_back_the_same(text: str, tmp_path: Path) -> None:
     small = scaled(recipe, 64)
     assert (small.data.size, small.images.bucket_reso_steps) == (64, 8)
     assert small.images.max_bucket_reso == recipe.images.max_bucket_reso // 16
+
+
+def test_the_preset_is_the_published_command_but_for_its_paths_and_seed() -> None:
+    apart = differences(published(FAST).recipe, load("fast-80"))
+    assert set(apart) <= {
+        "train.seed", "train.huber_schedule", "watch.prompts", "images.caption_extension",
+    }  # fmt: skip
+
+
+def test_the_other_presets_are_theirs_with_the_adapter_that_the_published_steps_make() -> None:
+    apart = differences(published(FULL_FINETUNE).recipe, load("full-finetune-at-home"))
+    assert set(apart) <= {
+        "train.seed", "train.huber_schedule", "data.vae", "images.caption_extension",
+        "train.profile", "train.rank", "network.kind", "network.dim", "network.alpha",
+        "network.conv_dim", "network.conv_alpha",
+    }  # fmt: skip
+    flow, reference = published(FLOW).recipe, load("flow-dadaptlion")
+    for key in ("optimizer", "lr", "schedule", "distance", "times", "shift", "optimizer_args"):
+        assert getattr(flow.train, key) == getattr(reference.train, key), key

@@ -74,7 +74,7 @@ def rates(value: Any, given: Given) -> Outcome:
     if not found:
         raise Refused("{flag}: every learning rate is 0, so nothing would be trained.")
     first = next(iter(found.values()))
-    factors = {part: rate / first for part, rate in found.items() if rate != first}
+    factors = {part: float(f"{rate / first:.9g}") for part, rate in found.items() if rate != first}
     return {"train.lr": first, "train.rates": factors}
 
 
