@@ -10,6 +10,7 @@ import typer
 from recast import (
     __version__,
     cli_chop,
+    cli_data,
     cli_files,
     cli_kohya,
     cli_lora,
@@ -47,7 +48,7 @@ def options(
 
 
 for verb in (
-    *cli_run.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
+    *cli_run.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
     *cli_chop.VERBS, *cli_kohya.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)

@@ -52,6 +52,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out broken images, naming them.")
 ]
+VaeScale = Annotated[
+    float | None,
+    typer.Option(help="Latents are (z - shift) scale, where the VAE does not say so."),
+]
+VaeShift = Annotated[float | None, typer.Option(help="See --vae-scale; 0 otherwise.")]
 
 
 def model_path(name: str) -> Path:
