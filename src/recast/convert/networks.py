@@ -7,9 +7,11 @@ full        every number of a layer, norms and biases too
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from recast.adapter import Adapter, Attached, attach
 from recast.adapter.decompose import is_matrix, matrices
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from recast.convert import Job
     from recast.convert.start import Start
     from recast.model import Model
+    from recast.train import Draw
 
 LORA = "lora.safetensors"
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -158,6 +161,17 @@ def put_in(model: Model, start: Start, recipe: Recipe) -> Attached:
     )  # fmt: skip
     attached.hold(start.held)
     return attached
+
+
+def shaken(draws: Iterable[Draw], recipe: Recipe, done: int) -> Iterator[Draw]:
+    """Pass draws on; where the recipe has dropouts, each step's are a function of (seed, step)."""
+    from recast.train import seeded
+
+    how, drops = recipe.train, dropouts_of(recipe)
+    for number, draw in enumerate(draws, done * how.accumulate):
+        if drops:
+            torch.manual_seed(seeded(how.seed, "dropout", number).initial_seed())
+        yield draw
 
 
 def write_lora_file(
