@@ -13,6 +13,7 @@ import torch
 from recast.convert.course import Course
 from recast.convert.folder import Stopped
 from recast.convert.losses import loss_of
+from recast.convert.networks import shaken
 from recast.convert.texts import current
 from recast.convert.trunk import Trunk, shared
 from recast.events import Event, Stage, Tick
@@ -101,9 +102,10 @@ def steps_of(
     recipe, how = course.recipe, course.recipe.train
     trunk = shared(model.unet, attached, model.objective, objective)
     target = target_of(recipe, model, attached, objective, material.null(), trunk, material.bridge)
+    draws = checked(material.draws(course.done, course.beside.aware), objective)
     return train(
         student(model, objective, trunk),
-        checked(material.draws(course.done, course.beside.aware), objective),
+        shaken(draws, recipe, course.done),
         loss_of(recipe, target, objective, course.beside.learned),
         course.optimizer,
         accumulate=how.accumulate,
