@@ -94,3 +94,23 @@ def test_on_a_cpu_nothing_moves_and_nothing_unasked_is_opened(path: Path) -> Non
     assert model.unet.dtype == torch.bfloat16
     with pytest.raises(Refused, match="opened without its VAE"):
         open_model(path, parts=("unet",), lazily=True).part("vae")
+
+
+def test_networks_held_together_leave_only_for_large_pictures(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = turns.watch(monkeypatch)
+    model = open_model(path, parts=("unet", "vae"), lazily=True, together=True)
+    x, t = torch.randn(1, *model.latent_shape()), torch.full((1,), 0.5)
+    condition = open_model(path).condition([""])
+    with torch.no_grad():
+        model.decode(x)
+        first = model.net(condition)(x, t)
+        small_ones = model.decode(x)
+        assert set(seen.here[-1]) == {"unet", "vae"}
+        monkeypatch.setattr("recast.model.networks.LARGE", 64 * 64 - 1)
+        assert torch.equal(model.decode(x), small_ones)
+        assert set(seen.here[-1]) == {"vae"}
+        assert torch.equal(model.net(condition)(x, t), first)
+    assert set(seen.here[-1]) == {"unet", "vae"}
+    assert [where for _, where in seen.moves] == ["cpu", "cuda"]

@@ -47,8 +47,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Turns:
             found.nbytes.append(sum(p.nbytes for own in weights.values() for p in own))
             return module
 
-    def lazy(openers: Mapping[str, Callable[[], nn.Module]], device: torch.device) -> Parts:
-        return Watched(openers, torch.device("cuda"))
+    def lazy(
+        openers: Mapping[str, Callable[[], nn.Module]], device: torch.device, together: bool
+    ) -> Parts:
+        return Watched(openers, torch.device("cuda"), together)
 
     def moved(module: nn.Module, device: torch.device) -> None:
         found.moves.append((type(module).__name__, device.type))

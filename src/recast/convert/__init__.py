@@ -225,5 +225,5 @@ def open_part(
     dtype = precision(job.recipe, job.device)
     return open_model(
         with_vae(checkpoint, job.recipe), dtype=dtype, device=job.device, parts=parts,
-        objective=source, quantiser=quantiser,
+        objective=source, quantiser=quantiser, lazily=True, together=True,
     )  # fmt: skip

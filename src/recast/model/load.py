@@ -38,11 +38,12 @@ def open_model(
     objective: str | None = None,
     quantiser: Quantiser | None = None,
     lazily: bool = False,
+    together: bool = False,
 ) -> Model:
     """Open the networks of a file or folder; `parts` must be there, None takes all that are.
 
-    `lazily` opens each when it is first asked for, and one kind at a time is on the device (see
-    `parts.Parts`); what does not fit is refused only then.
+    `lazily` opens each when it is first asked for, and one kind at a time is on the device, unless
+    they shall be `together` (see `parts.Parts`); what does not fit is refused only then.
 
     The objective is read from the file's markers; `objective` overrides them.  A `quantiser` takes
     the layers that it wants, each as it is read.  Raises Refused where markers contradict each
@@ -71,7 +72,9 @@ def open_model(
     return Model(
         checkpoint,
         layout,
-        Parts(openers, device) if lazily else {part: read() for part, read in openers.items()},
+        Parts(openers, device, together)
+        if lazily
+        else {part: read() for part, read in openers.items()},
         chosen,
         preferred_size(checkpoint, layout),
         dtype,

@@ -13,10 +13,12 @@ from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Layout
 from recast.layout.names import PART_NAMES, TEXTS
+from recast.model.parts import Parts
 from recast.objective import Net, Objective
 from recast.text.encode import PADS, Condition, encode_prompts
 
 SLICED = 4 * 512 * 512  # pixels of a batch above which the VAE takes one picture at a time
+LARGE = 512 * 512  # pixels at once above which the VAE wants the device for itself
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -100,6 +102,7 @@ class Model:
     def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return scaled latents of images (B, 3, H, W) in [-1, 1]: their mean, or a draw."""
         images = images.to(self.device, torch.float32)
+        self._make_room(len(images), images[0, 0].numel())
 
         def one(part: Tensor) -> Tensor:
             found = self.vae.encode(part).latent_dist  # type: ignore[operator]
@@ -111,7 +114,14 @@ class Model:
         """Return float32 images (B, 3, H, W) of scaled latents: [-1, 1], but for overshoots."""
         latents = latents.to(self.device, torch.float32) / self.scaling + self.shift
         pixels = latents[0, 0].numel() * self.factor**2
+        self._make_room(len(latents), pixels)
         return sliced(lambda part: self.vae.decode(part).sample, latents, pixels)  # type: ignore[operator]
+
+    def _make_room(self, count: int, pixels: int) -> None:
+        """Let the other networks wait elsewhere while the VAE works on large pictures."""
+        at_once = count * pixels if count * pixels <= SLICED else pixels
+        if at_once > LARGE and isinstance(self.parts, Parts):
+            self.parts.alone("vae")
 
     def condition(
         self,
