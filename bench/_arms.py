@@ -32,6 +32,12 @@ class Arm:
 REFERENCE = "flow-dadaptlion"
 EVERYTHING = {"profile": "unet"}
 LOWRANK = {"profile": "principal", "rank": 16}
+# the bare read-out that single ideas are tried on: images alone, 400 steps, no warm start
+BARE = {"steps": 400, "source": "images", "warm": "none"}
+DREAMT = {"steps": 400, "warm": "none"}
+STEPS = {"steps": 400}
+EIGHTH, EQUAL = 34, 274  # steps that cost an eighth of the recipe's forwards, and as many
+FIRST = "readout,IN,IN00,IN01"
 
 
 def main_arms() -> dict[str, Arm]:
@@ -42,14 +48,15 @@ def main_arms() -> dict[str, Arm]:
         recipe = Arm("the published recipe", recipe=REFERENCE, model=model, seeds=CLAIMED)
         found[f"{family}/default"] = default
         found[f"{family}/recipe"] = recipe
+        for name, steps in (("eighth", EIGHTH), ("equal", EQUAL), ("400", 400)):
+            found[f"{family}/default-{name}"] = replace(
+                default, about=f"the default, {steps} steps", settings={"steps": steps}
+            )
         for steps in (25, 50, 100, 200):
-            short = {"steps": steps}
-            found[f"{family}/default-{steps}"] = replace(
-                default, about=f"the default, {steps} steps", settings=short
-            )
             found[f"{family}/recipe-{steps}"] = replace(
-                recipe, about=f"the published recipe, {steps} steps", settings=short
-            )
+                recipe, about=f"the published recipe, {steps} steps", settings={"steps": steps},
+                seeds=1,
+            )  # fmt: skip
     return found
 
 
@@ -74,15 +81,55 @@ def tuned_arms() -> dict[str, Arm]:
             (3e-4, 1e-3, 3e-3),
         )
         found |= rates(
-            f"{family}/everything", Arm("everything, teacher", EVERYTHING, model=model, seeds=3),
+            f"{family}/everything",
+            Arm("everything in place of the read-out", {**EVERYTHING, **STEPS}, model=model),
             (2e-4, 5e-4, 1e-3),
-        )  # fmt: skip
+        )
         found |= rates(
-            f"{family}/lowrank", Arm("principal rank 16, teacher", LOWRANK, model=model),
+            f"{family}/lowrank",
+            Arm("principal rank 16 in place of the read-out", {**LOWRANK, **STEPS}, model=model),
             (3e-4, 1e-3, 3e-3),
-        )  # fmt: skip
-        found |= rates(f"{family}/readout", Arm("read-out, teacher", model=model), (5e-4, 2e-3))
+        )
+        found |= rates(f"{family}/readout", Arm("the default", STEPS, model=model), (5e-4, 2e-3))
+        best = f"{family}/everything-0.0002"
+        found[best] = replace(found[best], seeds=CLAIMED)
     return found
+
+
+def choice_arms() -> dict[str, Arm]:
+    """What the defaults are chosen from, each idea on the bare read-out, and some together."""
+    mix = {"source": "mix", "pictures": 100}
+    clock = {"warm": "clock"}
+    ideas: dict[str, dict[str, Any]] = {
+        "bare": {},
+        "clock": clock,
+        "time": {"profile": "readout,time"},
+        "everything-0.0002": {**EVERYTHING, "lr": 2e-4},
+        "mix": mix,
+        "mix-20": {**mix, "pictures": 20},
+        "clock-mix": {**mix, **clock},
+        "clock-time": {**clock, "profile": "readout,time"},
+        "clock-time-mix": {**mix, **clock, "profile": "readout,time"},
+        "clock-fallback": {**clock, "above": "fallback"},
+        "clock-both": {**clock, "above": "both"},
+        "clock-auto": {**clock, "steps": "auto"},
+        "clock-mix-20-auto": {**mix, **clock, "pictures": 20, "steps": "auto"},
+        "clock-mix-20-auto-0.002": {
+            **mix, **clock, "pictures": 20, "steps": "auto", "lr": 2e-3,
+        },
+        "25": {"steps": 25},
+    }  # fmt: skip
+    found = {f"xl/bare-{n}": Arm(said(s), {**BARE, **s}) for n, s in ideas.items()}
+    found["xl/bare"] = found.pop("xl/bare-bare")
+    found["xl/bare-25"] = replace(found["xl/bare-25"], seeds=2)
+    found["15/bare"] = replace(found["xl/bare"], model="pocket-15")
+    return dict(sorted(found.items()))
+
+
+def said(settings: Mapping[str, Any]) -> str:
+    """What is changed of the bare read-out."""
+    changed = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"the bare read-out{': ' if changed else ''}{changed}"
 
 
 def readout_arms() -> dict[str, Arm]:
@@ -90,103 +137,46 @@ def readout_arms() -> dict[str, Arm]:
     profiles = {
         "out08": "OUT08,OUT",
         "readout-time": "readout,time",
-        "readout-first": "readout,IN,IN00,IN01",
+        "readout-first": FIRST,
         "out02-out08": "OUT02,OUT08,OUT",
         "control-first": "IN,IN00,IN01,IN02",
         "control-middle": "MID0,MID1,MID2",
     }
     found = {
-        f"xl/{name}": Arm(f"layers {profile}, teacher", {"profile": profile})
+        f"xl/{name}": Arm(f"the default with layers {profile}", {**STEPS, "profile": profile})
         for name, profile in profiles.items()
     }
-    found["xl/data"] = Arm("read-out, data target", {"teacher": "data"}, seeds=3)
-    found["xl/mix"] = Arm("read-out, half data, half teacher", {"teacher": "mix"})
-    found["xl/fallback"] = Arm("read-out, fallback above the range", {"above": "fallback"})
-    found["xl/control-amplification"] = Arm("read-out, amplification weighed", {"control": True})
-    for dropout in (0.1, 0.5):
-        found[f"xl/dropout-{dropout:g}"] = Arm(
-            f"read-out, captions dropped {dropout:.0%}", {"caption_dropout": dropout}, seeds=3
-        )
+    images = {**STEPS, "source": "images"}
+    found["xl/images"] = Arm("the default on images alone", images)
+    found["xl/data"] = Arm("on images, data target", {**images, "teacher": "data"})
+    found["xl/mix-target"] = Arm("on images, half data, half teacher", {**images, "teacher": "mix"})
+    late = [[0, 0.0], [0.8, 0.0], [1, 1.0]]
+    found["xl/mix-target-t"] = Arm(
+        "on images, the data's share rising from t = .8", {**images, "teacher": "mix", "mix": late}
+    )
+    found["xl/fallback"] = Arm("fallback above the range", {**STEPS, "above": "fallback"})
+    found["xl/amplification"] = Arm("amplification weighed", {**STEPS, "control": True})
+    found["xl/dreams"] = Arm(
+        "on images and pictures of its own", {**STEPS, "source": "mix", "mix_with": "dreams"}
+    )
+    widen = {"widen": "OUT00,OUT01,OUT02,OUT03,OUT04,OUT05"}
+    found["xl/widen"] = Arm("further up blocks from half-time on", {**STEPS, **widen})
     for pictures in (20, 100, 400):
         found[f"xl/replay-{pictures}"] = Arm(
-            f"read-out, replay of {pictures} pictures", {"pictures": pictures}, images="dreams",
-            seeds=CLAIMED if pictures == 100 else 1,
+            f"no images: replay of {pictures} pictures", {**STEPS, "pictures": pictures},
+            images="dreams",
         )  # fmt: skip
-    found["15/replay-100"] = replace(
-        found["xl/replay-100"], model="pocket-15", about="read-out, replay of 100 pictures"
+    found["xl/bare-replay-100"] = Arm(
+        "the bare read-out, replay of 100 pictures", {**DREAMT, "pictures": 100}, images="dreams"
     )
+    found["15/replay-100"] = replace(found["xl/replay-100"], model="pocket-15")
     long = {"steps": 4000}
     found["xl/long-default"] = Arm("the default, ten times the steps", long)
     found["xl/long-everything"] = Arm(
-        "everything, teacher, ten times the steps", {**EVERYTHING, **long, "lr": 5e-4}
+        "everything, ten times the steps", {**EVERYTHING, **long, "lr": 2e-4}
     )
     found["xl/long-replay"] = Arm("replay of 400, ten times the steps", {**long, "pictures": 400},
                                   images="dreams")  # fmt: skip
-    return found
-
-
-def choice_arms() -> dict[str, Arm]:
-    """What the defaults are chosen from: materials, warm starts, steps (e, g and k of the plan)."""
-    mix = {"source": "mix", "pictures": 100}
-    settings: dict[str, dict[str, Any]] = {
-        "mix-replay": mix,
-        "mix-replay-20": {"source": "mix", "pictures": 20},
-        "mix-dreams": {**mix, "mix_with": "dreams"},
-        "warm-clock": {"warm": "clock"},
-        "warm-output": {"warm": "output"},
-        "rate-0.002": {"lr": 2e-3},
-        "warm-clock-input": {"warm": "clock,input"},
-        "warm-clock-input-mix": {**mix, "warm": "clock,input"},
-        "warm-clock-input-mix-20": {**mix, "pictures": 20, "warm": "clock,input"},
-        "warm-clock-input-auto": {"warm": "clock,input", "steps": "auto"},
-        "warm-clock-input-mix-auto": {**mix, "warm": "clock,input", "steps": "auto"},
-        "clock-mix": {**mix, "warm": "clock"},
-        "clock-auto": {"warm": "clock", "steps": "auto"},
-        "clock-mix-auto": {**mix, "warm": "clock", "steps": "auto"},
-        "clock-output": {"warm": "clock,output"},
-        "clock-fallback": {"warm": "clock", "above": "fallback"},
-        "clock-both": {"warm": "clock", "above": "both"},
-        "clock-control": {"warm": "clock", "control": True},
-        "clock-fallback-mix": {**mix, "warm": "clock", "above": "fallback"},
-        "clock-fallback-800": {"warm": "clock", "above": "fallback", "steps": 800},
-        "clock-rate-0.002": {"warm": "clock", "lr": 2e-3},
-        "clock-fallback-everything": {
-            "warm": "clock",
-            "above": "fallback",
-            "profile": "unet",
-            "lr": 2e-4,
-        },
-        "clock-time": {"warm": "clock", "profile": "readout,time"},
-        "clock-time-mix": {**mix, "warm": "clock", "profile": "readout,time"},
-        "clock-time-mix-20": {**mix, "pictures": 20, "warm": "clock", "profile": "readout,time"},
-        "steps-800": {"steps": 800},
-        "auto": {"steps": "auto"},
-        "mix-auto": {**mix, "steps": "auto"},
-        "ema": {"ema": 0.99},
-        "widen": {"widen": "OUT00,OUT01,OUT02,OUT03,OUT04,OUT05"},
-        "target-mix-t": {"teacher": "mix", "mix": [[0, 0.0], [0.9, 0.0], [1, 1.0]]},
-    }
-    found = {f"xl/{n}": Arm(f"read-out, {', '.join(map(str, s))}", s) for n, s in settings.items()}
-    found["xl/replay-auto"] = Arm(
-        "read-out, replay of 100 pictures, auto", {"steps": "auto", "pictures": 100},
-        images="dreams",
-    )  # fmt: skip
-    found["xl/warm-clock-input-replay"] = Arm(
-        "read-out, clock and input warm, replay of 100 pictures",
-        {"warm": "clock,input", "pictures": 100}, images="dreams",
-    )  # fmt: skip
-    found["xl/clock-replay"] = Arm(
-        "read-out, clock warm, replay of 100 pictures", {"warm": "clock", "pictures": 100},
-        images="dreams",
-    )  # fmt: skip
-    found["xl/clock-time-replay"] = Arm(
-        "read-out and time, clock warm, replay of 100 pictures",
-        {"warm": "clock", "profile": "readout,time", "pictures": 100}, images="dreams",
-    )  # fmt: skip
-    found["xl/replay-100-800"] = Arm(
-        "read-out, replay of 100 pictures, 800 steps", {"steps": 800, "pictures": 100},
-        images="dreams",
-    )  # fmt: skip
     return found
 
 
@@ -197,7 +187,7 @@ def direction_arms() -> dict[str, Arm]:
     for family, model in FAMILIES.items():
         for objective in ("v", "v-zsnr"):
             found[f"{family}/{objective}"] = Arm(
-                f"eps to {objective}", model=model, objective=objective, seeds=2
+                f"eps to {objective}", model=model, objective=objective
             )
         for source, arm in made.items():
             for objective in {"eps", "v", "v-zsnr", "flow"} - {source}:
@@ -215,11 +205,11 @@ def direction_arms() -> dict[str, Arm]:
 
 def vae_arms() -> dict[str, Arm]:
     """Into the latent space of pocket-eq: with eps -> flow in one run, and alone."""
-    first = {"profile": FIRST}
-    wide = {**EVERYTHING, "lr": 5e-4}
+    first = {**BARE, "profile": FIRST}
+    wide = {**BARE, **EVERYTHING, "lr": 5e-4}
     both = {
-        "start": ("nothing trained but the rotation", {"steps": 1, "lr": 1e-9}),
-        "readout": ("read-out, teacher over the bridge", {}),
+        "start": ("nothing trained but the rotation", {**BARE, "steps": 1, "lr": 1e-9}),
+        "readout": ("read-out, teacher over the bridge", BARE),
         "teacher": ("first block and read-out, teacher over the bridge", first),
         "mix": ("first block and read-out, half data", {**first, "teacher": "mix"}),
         "data": ("first block and read-out, data", {**first, "teacher": "data"}),
@@ -240,13 +230,12 @@ def vae_arms() -> dict[str, Arm]:
     found["xl/vae-dreams"] = replace(
         found["xl/vae-flow-mix"], images="dreams",
         about="VAE and eps to flow: first block and read-out, half data, 350 pictures of its own",
-        settings={**first, "teacher": "mix", "pictures": 350},
+        settings={**DREAMT, "profile": FIRST, "teacher": "mix", "pictures": 350},
     )  # fmt: skip
     return found
 
 
-FIRST = "readout,IN,IN00,IN01"
 ARMS = {
-    **main_arms(), **tuned_arms(), **readout_arms(), **choice_arms(), **direction_arms(),
+    **main_arms(), **tuned_arms(), **choice_arms(), **readout_arms(), **direction_arms(),
     **vae_arms(),
 }  # fmt: skip

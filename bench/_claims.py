@@ -74,7 +74,7 @@ def told(apart: float, wide: float, unit: str = "dB") -> str:
 def cheaper(arms: Arms) -> str | None:
     """The recipe's best budget against the cheapest default that reaches it."""
     budgets = [name for name in RECIPES if arms.values(name, "psnr")]
-    short = [name for name in ("default-40", "default-equal") if arms.values(name, "psnr")]
+    short = [name for name in ("default-eighth", "default-equal") if arms.values(name, "psnr")]
     if not budgets or not short:
         return None
     best = max(budgets, key=lambda name: arms.mean(name, "psnr"))

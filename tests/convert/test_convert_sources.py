@@ -164,7 +164,7 @@ def test_another_caption_is_another_run(what: str, home: Path, tmp_path: Path) -
         (True, {"source": "dreams"}, "leaves the images out"),
         (False, {"source": "replay", "vae": "x.safetensors"}, "latent space"),
         (False, {"grammar_level": 2}, "grammar_level"),
-        (True, {"grammar_level": 2, "prompts": "grammar"}, "grammar_level"),
+        (True, {"source": "images", "grammar_level": 2, "prompts": "grammar"}, "grammar_level"),
     ],
 )
 def test_sources_that_lack_something_are_refused(
