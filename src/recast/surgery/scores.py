@@ -110,20 +110,13 @@ def _number(text: str, key: str, value: str) -> float:
     return found
 
 
-def within(
-    orders: Sequence[Tensor], costs: Sequence[int], budget: float
-) -> tuple[list[Tensor], float]:
-    """Indices kept of each module so that the best come first and the sum of costs fits a budget.
+def foremost(orders: Sequence[Tensor]) -> Tensor:
+    """Places in the concatenation of all modules' directions, best first, equals as they come."""
+    return torch.cat(list(orders)).double().argsort(descending=True, stable=True)
 
-    orders: by module, what its directions are sorted by; costs: bytes that each of them takes.
-    Also returns the lowest that is kept. What comes first but does not fit ends the list.
-    """
-    flat = torch.cat([order.double() for order in orders])
-    each = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs, strict=True)])
-    best = flat.argsort(descending=True, stable=True)
-    count = int((each[best].double().cumsum(0) <= budget).sum())
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[best[:count]] = True
-    parts = chosen.split([len(order) for order in orders])
-    lowest = float(flat[best[count - 1]]) if count else math.inf
-    return [part.nonzero().flatten() for part in parts], lowest
+
+def leading(best: Tensor, count: int, lengths: Sequence[int]) -> list[Tensor]:
+    """Indices of each module's directions that are among the first `count` of all."""
+    taken = torch.zeros(len(best), dtype=torch.bool)
+    taken[best[:count]] = True
+    return [part.nonzero().flatten() for part in taken.split(list(lengths))]
