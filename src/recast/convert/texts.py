@@ -58,6 +58,12 @@ def current(model: Model, condition: Condition | Told) -> Condition:
     return encoded(model, condition.captions, condition.cached)
 
 
+@torch.no_grad()
+def now(model: Model, captions: Sequence[str], cached: Condition) -> Condition:
+    """Captions as the text encoders read them now, for looking only; on the CPU."""
+    return encoded(model, captions, cached).to("cpu")
+
+
 def encoded(model: Model, captions: Sequence[str], cached: Condition) -> Condition:
     """Captions encoded anew, at the sizes of their cached conditions; zeros stay zeros."""
     found = replace(model.condition(captions), time_ids=cached.time_ids)
