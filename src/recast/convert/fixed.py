@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 FIXED, PREVIEWS = "watch/fixed.safetensors", "watch/previews.safetensors"
 ENOUGH = 16  # images for each one that is held out
+CAPTIONS = "recast.captions"  # of the header of FIXED
 APART = 1 << 20  # seeds of validation latents begin here, behind those of the report
 
-Known = tuple[Tensor, "Condition"]
-"""Latents (V, C, h, w) of images held out from training, and their conditions."""
+Known = tuple[Tensor, "Condition", Sequence[str]]
+"""Latents (V, C, h, w) of images held out from training, their conditions and captions."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def known(dataset: Dataset, held: Sequence[Made]) -> Known | None:
     x0 = [store.latent(entry.example, entry.fit, entry.image)[0] for entry in held]
     captions = [canonical(e.example.caption, e.example.how) for e in held]
     condition = store.condition(captions, [e.fit for e in held])
-    return torch.stack(x0).float(), condition
+    return torch.stack(x0).float(), condition, captions
 
 
 def prepare(
@@ -119,14 +120,15 @@ def prepare(
         return express(carried, model.objective, objective)
 
     if validates(job.recipe) and not folder.has(FIXED):
-        x0, condition = images or self_made(model, folder, job)
+        x0, condition, captions = images or self_made(model, folder, job)
         if images is None and student is not model:
             x0 = crossed(model, student, x0)
         fixed = fix(
             original, model.objective, objective, x0.to(model.device), condition, student.decode,
             job.recipe.train.seed,
         )  # fmt: skip
-        write_fixed(folder.path(FIXED), fixed, folder.stamp())
+        said = {CAPTIONS: json.dumps(captions)}
+        write_fixed(folder.path(FIXED), fixed, {**folder.stamp(), **said})
     if previews(job.recipe) and not folder.has(PREVIEWS):
         write_originals(folder.path(PREVIEWS), originals(model, folder, job), folder.stamp())
 
@@ -142,7 +144,13 @@ def self_made(model: Model, folder: Folder, job: Job) -> Known:
     x0 = latents(
         model.net, model.objective, eps, condition, steps=how.evaluate.steps, batch=batch_of(eps)
     )
-    return x0, condition
+    return x0, condition, prompts
+
+
+def captions_of(path: Path) -> tuple[str, ...]:
+    """What the latents of a validation set show, for text encoders that are trained."""
+    with Checkpoint(path) as file:
+        return tuple(json.loads(file.metadata[CAPTIONS]))
 
 
 def originals(model: Model, folder: Folder, job: Job) -> Originals:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recast.convert.fixed import FIXED, PREVIEWS, Originals, previews, read_originals, validates
+from recast.convert.fixed import (
+    FIXED,
+    PREVIEWS,
+    Originals,
+    captions_of,
+    previews,
+    read_originals,
+    validates,
+)
+from recast.convert.networks import trains_text
+from recast.convert.texts import now
 from recast.errors import Diverged
 from recast.evaluate.alarm import good, lost
 from recast.evaluate.validation import Fixed, Reading, read, read_fixed
@@ -47,13 +57,17 @@ class Watch:
     fixed: Fixed | None
     originals: Originals | None
     readings: list[Reading] = field(default_factory=list)
+    reads: bool = False
+    captions: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, recipe: Recipe, model: Model, objective: Objective, root: Path) -> Watch:
         """Read what was fixed before training."""
         fixed = read_fixed(root / FIXED) if validates(recipe) else None
         shown = read_originals(root / PREVIEWS) if previews(recipe) else None
-        return cls(recipe, model, objective, root, fixed, shown)
+        reads = trains_text(model.layout, recipe)
+        captions = captions_of(root / FIXED) if fixed and reads else ()
+        return cls(recipe, model, objective, root, fixed, shown, reads=reads, captions=captions)
 
     @property
     def pace(self) -> Pace | None:
@@ -104,6 +118,8 @@ class Watch:
         """One reading, and what it means for the end of an open run."""
         before = self.began
         model, objective = self.model, self.objective
+        if self.reads:
+            fixed = replace(fixed, condition=now(model, self.captions, fixed.condition))
         reading = read(
             lambda bound: model.net(bound, objective), fixed, objective,
             model.decode if self.recipe.watch.alarm else None, model.device, step,
@@ -139,6 +155,8 @@ class Watch:
         """Paint with the new objective's sampler, beside the original's pictures."""
         from recast.convert.previews import judged, paint, write_sheet
 
+        if self.reads:
+            originals = reread(self.model, originals)
         made = paint(self.model, self.objective, self.recipe, originals)
         write_sheet(self.root, step, originals, made)
         values = judged(self.recipe, originals, made, str(self.model.device))
@@ -155,6 +173,16 @@ class Watch:
     def restore(self, saved: Sequence[dict[str, Any]]) -> None:
         """Go on with the readings of a state."""
         self.readings = [Reading(**each) for each in saved]
+
+
+def reread(model: Model, originals: Originals) -> Originals:
+    """The prompts of previews as the text encoders read them now."""
+    blank = [""] * len(originals.prompts)
+    return replace(
+        originals,
+        condition=now(model, originals.prompts, originals.condition),
+        negative=now(model, blank, originals.negative),
+    )
 
 
 def due(step: int, every: int, end: int) -> bool:
