@@ -12,7 +12,7 @@ from PIL import Image
 from tests import tiny
 
 from recast.commit import commit
-from recast.data import cache, dataset
+from recast.data import dataset
 from recast.data.buckets import Buckets
 from recast.data.cache import Store, fetch
 from recast.data.dataset import Dataset, prepare

@@ -24,7 +24,7 @@ from recast.data.looks import looks
 from recast.errors import Refused
 from recast.text.encode import Condition
 
-ABOUT = 700  # bytes of an entry's header
+ABOUT = 450  # bytes of an entry's header
 Null = Literal["empty", "zero", "both"]
 
 

@@ -64,7 +64,7 @@ def holds(source: Path) -> bool:
 def scan(source: Path, how: Subset) -> Folder:
     """Find the pictures of shards; reads each shard once, decoding nothing."""
     try:
-        import webdataset
+        from webdataset import tariterators
     except ImportError as error:
         raise Refused(f"{source}: reading shards needs webdataset: {NEEDS}.") from error
     if how.masked and how.conditioning_data_dir:
@@ -76,10 +76,12 @@ def scan(source: Path, how: Subset) -> Folder:
         if not shard.is_file():
             raise Refused(f"{shard}: no such shard.")
         try:
-            stream = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
-            for sample in stream:
-                for found in read_sample(shard, sample, how):
-                    (examples if isinstance(found, Example) else problems).append(found)  # type: ignore[arg-type]
+            with shard.open("rb") as file:
+                stream = tariterators.tar_file_iterator(file)
+                named = ({**one, "__url__": str(shard)} for one in stream)
+                for sample in tariterators.group_by_keys(named, lcase=False):
+                    for found in read_sample(shard, sample, how):
+                        (examples if isinstance(found, Example) else problems).append(found)  # type: ignore[arg-type]
         except (tarfile.TarError, OSError, EOFError) as error:
             problems.append(Problem(shard, f"{shard}: is no whole tar file ({error})."))
         except ValueError as error:  # webdataset's word for two members of one name
