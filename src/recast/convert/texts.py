@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from recast.convert.networks import trains_text
 from recast.convert.sources import sources_of
 from recast.errors import Refused
