@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,12 @@ def test_every_stage_runs_in_the_precision_of_the_run(seen: Seen) -> None:
     assert report.psnr_same_noise_db.converted is not None
 
 
+@pytest.mark.slow
 def test_where_networks_take_turns_the_files_are_the_same(
     seen: Seen, home: Path, tmp_path: Path
 ) -> None:
     small.convert(job(home, tmp_path, recipe(home, precision="bf16")))
-    names = (*small.NAMES, FIXED, PREVIEWS, "previews/step00000002.png", "bridge.safetensors")
+    names = (*small.NAMES, FIXED, PREVIEWS, "previews/step00000002.png")
     assert small.contents(tmp_path, names) == small.contents(seen.out, names)
     ours, theirs = (load_report(out) for out in (tmp_path, seen.out))
     assert (ours.drift, ours.null, ours.psnr_same_noise_db) == (
@@ -82,3 +84,20 @@ def test_where_networks_take_turns_the_files_are_the_same(
 def test_the_way_into_another_vae_is_told_once(seen: Seen) -> None:
     notes = [event.text for event in seen.told if isinstance(event, Note)]
     assert len([text for text in notes if "latent spaces" in text]) == 1
+
+
+def test_every_stage_of_an_sdxl_run_in_bf16_is_forecast_below_8_gb(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    stages = import_module("stages")
+    found = {call.name: call for call in stages.calls(stages.model_of(stages.SDXL, 1024, "bf16"))}
+    turns_taken = {name: call.parts for name, call in found.items()}
+    assert turns_taken == {
+        "prompts": "te1 + te2", "encode": "vae", "paint": "unet", "decode": "vae",
+    }  # fmt: skip
+    assert {name for asked in stages.STAGES.values() for name in asked} == set(found)
+    # 2,567,463,684 numbers of two bytes
+    assert found["paint"].held == 5_134_927_368
+    assert max(call.total for call in found.values()) < 8e9
+    assert all(call.alive > 0 for call in found.values())

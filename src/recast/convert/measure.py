@@ -21,10 +21,13 @@ from recast.checkpoint import Checkpoint
 from recast.convert import bridge as bridges
 from recast.convert import exchange, nulls
 from recast.convert.compose import SHOWN, Test, compose, finished, hashes
+from recast.convert.fixed import batch_of
 from recast.convert.folder import Folder
 from recast.convert.material import training_captions
 from recast.convert.opening import opened
 from recast.convert.sources import sources_of
+from recast.evaluate.bound import latents as latents_of
+from recast.evaluate.bound import noises
 from recast.evaluate.concepts import present, scenes
 from recast.evaluate.drift import drift
 from recast.evaluate.loading import Howto, how_to_load
@@ -216,11 +219,13 @@ def measure_drift(
     sites = model.layout.sites("every")
     how = job.recipe.evaluate
     prompts, seeds = test.prompts[: how.batch], test.seeds[: how.batch]
-    condition = model.condition(prompts)
+    with torch.no_grad():
+        condition = model.condition(prompts)
     latents = self_made(model, prompts, seeds, how.steps)
     bridge, student = bridges.read(folder), exchange.into(model, model.checkpoint, job.recipe)
     if bridge is not None:
         latents = bridges.crossed(model, student, latents)
+    some = torch.arange(len(latents)).split(batch_of(latents))
     attached = attach({"unet": model.unet}, trained, sites)
 
     def original(bound: Condition) -> Net:
@@ -234,8 +239,8 @@ def measure_drift(
 
     try:
         return drift(
-            lambda bound: model.net(bound, new), original, new, [latents], [condition],
-            source=old, bins=how.bins, seed=how.seed,
+            lambda bound: model.net(bound, new), original, new, [latents[rows] for rows in some],
+            [condition[rows] for rows in some], source=old, bins=how.bins, seed=how.seed,
         )  # fmt: skip
     finally:
         attached.detach()
@@ -243,16 +248,8 @@ def measure_drift(
 
 def self_made(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
     """Latents (B, C, h, w) of the original's own pictures: data it certainly knows."""
-    from recast.sample.images import sample_latents
-    from recast.timesteps import grid
-
-    shape = model.latent_shape(None)
-    eps = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    ).to(model.device)
-    times = grid(model.objective.path, steps)
-    net = model.net(model.condition(prompts))
-    x = eps
-    for step in sample_latents(net, model.objective, eps, times):
-        x = step.x
-    return x
+    with torch.no_grad():
+        condition = model.condition(prompts)
+    eps = noises(model.latent_shape(None), seeds).to(model.device)
+    how = {"steps": steps, "batch": batch_of(eps)}
+    return latents_of(model.net, model.objective, eps, condition, **how)
