@@ -30,6 +30,10 @@ class Diverged(RecastError):
     code = 4
 
 
+class NotFinite(Diverged):
+    """Steps or weights stopped being finite; the state last saved is the one to go back to."""
+
+
 class NoRoom(RecastError):
     """The disk or a device's memory is too small; what existed before still does."""
 

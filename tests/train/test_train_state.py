@@ -39,7 +39,8 @@ SMALL = {  # what these do with large tensors or late, they shall do in a tiny r
 class Run:
     """One process's worth of training: everything made anew, as after a restart."""
 
-    def __init__(self, name: str, dtype: torch.dtype, with_ema: bool) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, with_ema: bool, total: int = STEPS) -> None:
+        self.total = total
         self.net = Tiny(dtype)
         self.named = dict(self.net.named_parameters())
         lr = {} if "d0" in OPTIMIZERS[name].arguments else {"lr": 1e-2}
@@ -50,7 +51,7 @@ class Run:
     def go(self, steps: int) -> None:
         run = train(
             self.net.student, stream(self.done), LOSS, self.optimizer, ema=self.ema, done=self.done,
-            schedule=SCHEDULES["linear"](STEPS + 1),
+            schedule=SCHEDULES["linear"](self.total + 1),
         )  # fmt: skip
         for step in islice(run, steps):
             self.done = step.step

@@ -62,6 +62,11 @@ class Attached:
     switch: Switch
     frozen: list[tuple[nn.Parameter, bool]] = field(repr=False)
     held: frozenset[str] = frozenset()
+    begun: Adapter | None = None
+
+    def restart(self) -> None:
+        """Set the masters to what they were when they were attached."""
+        self.load(self.initial if self.begun is None else self.begun)
 
     def hold(self, names: Iterable[str]) -> None:
         """Keep entries as they are: they act, but are not among what is trained."""
@@ -173,7 +178,8 @@ def attach(
     frozen = [(p, p.requires_grad) for part in parts.values() for p in part.parameters()]
     for parameter, _ in frozen:
         parameter.requires_grad_(False)
-    attached = Attached(adapter if initial is None else initial, [], switch, frozen)
+    began = adapter if initial is None else initial
+    attached = Attached(began, [], switch, frozen, begun=adapter)
     try:
         for name, site in by_name.items():
             if name in adapter.entries:

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
+
+import torch
 
 from recast.convert.beside import Beside
 from recast.convert.groups import groups
 from recast.convert.watch import Looked, Watch
+from recast.errors import NotFinite
 from recast.events import Note
 from recast.objective import Objective
-from recast.optim import averaged, build
+from recast.optim import ONE_RATE, averaged, build
 from recast.recipe import Recipe
-from recast.train import Ema, Step, latest, load, log_length, save
+from recast.train import Ema, Step, latest, load, log_length, plainly, rounding, save
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.amp import GradScaler
     from torch.optim import Optimizer
 
     from recast.adapter import Attached
     from recast.model import Model
 
 
+LOWER = 0.5  # what a rollback leaves of the rate
+
+
 @dataclass
 class Course:
-    """Masters by name and all that changes with them; `length` is that of the log so far."""
+    """Masters by name and all that changes with them; `length` is that of the log so far.
+
+    `rolled` says why the run went back to an earlier state, until that is logged.
+    """
 
     recipe: Recipe
     root: Path
@@ -37,9 +49,13 @@ class Course:
     ema: Ema | None
     beside: Beside
     watch: Watch
+    scaler: GradScaler | None = None
     done: int = 0
     skipped: int = 0
     length: int = 0
+    seconds: float = 0.0
+    rollbacks: int = 0
+    rolled: dict[str, Any] | None = None
 
     @classmethod
     def begun(
@@ -53,7 +69,10 @@ class Course:
     ) -> Course:
         """The recipe's optimizer and what goes with it, before the first step."""
         how = recipe.train
+        torch.manual_seed(how.seed)  # of dropouts and roundings; a state brings its own
         parameters, grouped = groups(attached, model.layout, recipe)
+        for parameter in parameters.values() if how.masters == "bf16" else ():
+            parameter.data = parameter.data.bfloat16()
         return cls(
             recipe,
             root,
@@ -63,6 +82,7 @@ class Course:
             Ema(list(parameters.values()), how.ema) if how.ema else None,
             Beside.of(recipe, model.device),
             Watch.open(recipe, model, objective, root),
+            torch.amp.GradScaler(model.device.type) if model.dtype == torch.float16 else None,
         )
 
     def resume(self) -> Iterator[Note]:
@@ -73,16 +93,79 @@ class Course:
             yield Note(f"{path} is damaged and passed over; going on from step {found.step}.")
         self.done, extra = load(found.path, **self.held())
         self.skipped, self.length = extra["skipped"], extra["log"]
+        self.seconds, self.rollbacks = extra["seconds"], extra["rollbacks"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(extra["scaler"])
         self.beside.restore(extra)
         self.watch.restore(extra["watch"])
+        self.watch.cut = extra["cut"]
 
     def save(self, step: Step, log: IO[bytes]) -> None:
         """Save the state after a step."""
-        extra = {"skipped": step.skipped, "log": log_length(log), "watch": self.watch.saved()}
+        extra = {
+            "skipped": step.skipped, "log": log_length(log), "watch": self.watch.saved(),
+            "seconds": self.seconds, "rollbacks": self.rollbacks, "cut": self.watch.cut,
+            **({} if self.scaler is None else {"scaler": self.scaler.state_dict()}),
+        }  # fmt: skip
         save(
             self.root / "state", step=step.step, extra={**extra, **self.beside.state()},
             keep=self.watch.keep(), **self.held(),
         )  # fmt: skip
+
+    def rolled_back(
+        self, error: NotFinite, model: Model, attached: Attached, objective: Objective
+    ) -> Course:
+        """The course as its newest state has it, or its beginning, at a lower rate.
+
+        Raises NotFinite once the recipe's rollbacks are used up.
+        """
+        if self.rollbacks >= self.recipe.train.rollbacks:
+            if not self.rollbacks:
+                raise error
+            raise NotFinite(
+                f"{error}; it has gone back to an earlier state {self.rollbacks} times already, "
+                f"the rate is {self.factor:g} of train.lr: the last state is kept, take another "
+                "train.lr under another --out"
+            ) from error
+        attached.restart()
+        fresh = Course.begun(model, attached, self.recipe, objective, self.root, self.identity)
+        for _ in fresh.resume():  # what is damaged has been told
+            pass
+        fresh.rollbacks = self.rollbacks + 1
+        fresh.rolled = {"why": str(error), "to": fresh.done, "factor": fresh.factor}
+        return fresh
+
+    @property
+    def factor(self) -> float:
+        """What is left of the recipe's rate."""
+        return LOWER**self.rollbacks
+
+    @property
+    def move(self) -> Callable[[Optimizer], None]:
+        """How the optimizer steps; schedule-free ones round bf16 by themselves."""
+        how = self.recipe.train
+        if how.masters == "fp32" or hasattr(self.optimizer, "eval"):
+            return plainly
+        return partial(rounding.move, together=how.optimizer in ONE_RATE)
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The same steps; the run's end is cut to the one after which its minutes are over."""
+        how = self.recipe.train
+        since = monotonic()
+        for step in steps:
+            now = monotonic()
+            self.seconds, since = self.seconds + now - since, now
+            late = how.max_minutes and self.seconds >= 60 * how.max_minutes
+            if late and how.min_steps <= step.step < self.watch.end:
+                self.watch.cut = step.step
+            yield step
+
+    def told(self) -> dict[str, Any]:
+        """For the log: what is left of the rate where that is less, and, once, why."""
+        if not self.rollbacks:
+            return {}
+        why, self.rolled = self.rolled, None
+        return {"factor": self.factor, **({"rolled_back": why} if why else {})}
 
     def held(self) -> dict[str, Any]:
         """What a state is made of."""

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recast.convert.budget import settled
 from recast.convert.course import Course
 from recast.convert.folder import Stopped
 from recast.convert.losses import loss_of
 from recast.convert.networks import shaken
+from recast.convert.running import running
 from recast.convert.texts import current
 from recast.convert.trunk import Trunk, shared
-from recast.events import Event, Stage, Tick
+from recast.errors import NotFinite
+from recast.events import Event, Note, Stage, Tick
+from recast.model import usual_dtype
 from recast.objective import Net, Objective
 from recast.recipe import Recipe
 from recast.timesteps import piecewise
 from recast.train import (
-    SCHEDULES,
     Draw,
     Step,
     Target,
@@ -32,8 +35,8 @@ from recast.train import (
     guided,
     mix,
     open_log,
+    schedule_of,
     train,
-    warmup,
 )
 
 if TYPE_CHECKING:
@@ -60,15 +63,38 @@ def learn(
 ) -> Generator[Event, None, Adapter]:
     """Train until the recipe's last step, resuming from the newest whole state below `root`.
 
-    Returns the trained adapter. Raises Diverged when steps stop being finite or the run collapses,
-    Stopped on a signal.
+    Returns the trained adapter. Where steps stop being finite, goes back to the last state at a
+    lower rate. Raises NotFinite when that does not help, Diverged when the run collapses, Stopped
+    on a signal.
     """
-    course = Course.begun(model, attached, recipe, objective, root, identity)
-    yield from course.resume()
-    watch = course.watch
+    recipe = settled(recipe, material)
+    with running(model, attached, recipe):
+        course = Course.begun(model, attached, recipe, objective, root, identity)
+        yield from course.resume()
+        while True:
+            try:
+                yield from follow(course, model, attached, material, objective, stopped)
+                break
+            except NotFinite as error:
+                course = course.rolled_back(error, model, attached, objective)
+                yield Note(f"{error}: going back to step {course.done} at half the rate.")
+        with course.shown():
+            return attached.trained()
+
+
+def follow(
+    course: Course,
+    model: Model,
+    attached: Attached,
+    material: Material,
+    objective: Objective,
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Take the steps that are left, and log, look and save on the way."""
+    watch, root = course.watch, course.root
     untrained = None if watch.readings else watch.look(0)
     yield Stage("train", watch.end, "steps", course.done)
-    steps = steps_of(course, model, attached, material, objective)
+    steps = course.timed(steps_of(course, model, attached, material, objective))
     with ExitStack() as stack:
         log = stack.enter_context(open_log(root / "log.jsonl", course.length))
         board = stack.enter_context(Board(root / "tb", course.done))
@@ -77,10 +103,12 @@ def learn(
         for step in steps if course.done < watch.end else ():
             looked = course.look(step)
             begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
-            append(log, record(step) | begun | looked.record)
+            append(log, record(step) | begun | course.told() | looked.record)
             board.add(step, looked.scalars)
             yield Tick(step.step, step.loss)
             yield from looked.events
+            if step.skipped:
+                yield Note(f"Step {step.step} is skipped: loss {step.loss}, norm {step.grad_norm}.")
             watch.check(step.step)
             signal = stopped()
             if signal or course.due(step):
@@ -91,8 +119,6 @@ def learn(
                 )
             if step.step == watch.end:
                 break
-    with course.shown():
-        return attached.trained()
 
 
 def steps_of(
@@ -102,6 +128,7 @@ def steps_of(
     recipe, how = course.recipe, course.recipe.train
     trunk = shared(model.unet, attached, model.objective, objective)
     target = target_of(recipe, model, attached, objective, material.null(), trunk, material.bridge)
+    plain = schedule(recipe) if course.watch.pace is None else course.watch.factor
     draws = checked(material.draws(course.done, course.beside.aware), objective)
     return train(
         student(model, objective, trunk),
@@ -110,11 +137,13 @@ def steps_of(
         course.optimizer,
         accumulate=how.accumulate,
         clip=how.clip or None,
-        schedule=schedule(recipe) if course.watch.pace is None else course.watch.factor,
+        schedule=lambda done: course.factor * plain(done),
         ema=course.ema,
         done=course.done,
         skipped=course.skipped,
         partner=course.beside.partner,
+        scaler=course.scaler,
+        move=course.move,
     )
 
 
@@ -122,7 +151,7 @@ def precision(recipe: Recipe, device: str) -> torch.dtype:
     """The dtype of the frozen network; masters and losses are fp32 whatever it is."""
     name = recipe.train.precision
     if name == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        return usual_dtype(device)
     return PRECISION[name]
 
 
@@ -183,8 +212,10 @@ def target_of(
 def schedule(recipe: Recipe) -> Callable[[int], float]:
     """The recipe's learning rate as a factor of the step."""
     how = recipe.train
-    plain = SCHEDULES[how.schedule](max(1, how.limit - how.warmup))
-    return warmup(plain, how.warmup) if how.warmup else plain
+    return schedule_of(
+        how.schedule, how.limit, cycles=how.cycles, power=how.power, floor=how.floor,
+        rise=how.warmup,
+    )  # fmt: skip
 
 
 def record(step: Step) -> dict[str, Any]:
@@ -196,6 +227,8 @@ def record(step: Step) -> dict[str, Any]:
         "lr": step.lr,
         "d": step.d,
         "skipped": step.skipped,
+        **({"scale": step.scale} if step.scale != 1 else {}),
+        **({"rates": dict(step.rates)} if step.rates else {}),
         "t": [round(value, 5) for value in step.times.tolist()],
         "losses": [float(f"{value:.5g}") for value in step.losses.tolist()],
     }
@@ -218,6 +251,7 @@ class Board:
             "lr/unet": step.lr,
             "lr/d": step.d,
             "grad_norm": step.grad_norm,
+            **{f"lr/{name}": value for name, value in step.rates.items()},
         }
         tenths = (step.times * 10).long().clamp(0, 9)
         for tenth in tenths.unique().tolist():

@@ -48,7 +48,10 @@ class Looked:
 
 @dataclass
 class Watch:
-    """A run's readings, oldest first; the first one is the untrained network's."""
+    """A run's readings, oldest first; the first one is the untrained network's.
+
+    `cut` is the step at which the run's minutes were over.
+    """
 
     recipe: Recipe
     model: Model
@@ -59,6 +62,7 @@ class Watch:
     readings: list[Reading] = field(default_factory=list)
     reads: bool = False
     captions: tuple[str, ...] = ()
+    cut: int | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, model: Model, objective: Objective, root: Path) -> Watch:
@@ -86,6 +90,8 @@ class Watch:
     @property
     def end(self) -> int:
         """The run's last step, as far as it is known."""
+        if self.cut is not None:
+            return self.cut
         return self.pace.end(self.began) if self.pace else self.recipe.train.limit
 
     def factor(self, done: int) -> float:

@@ -4,7 +4,7 @@ from recast.train.aware import Aware
 from recast.train.draws import Draw, check, checked, noised, replayed, seeded
 from recast.train.ema import Ema
 from recast.train.learned import Learned
-from recast.train.loop import Step, rate, train
+from recast.train.loop import Step, plainly, rate, train
 from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Student, criterion
 from recast.train.schedules import SCHEDULES, Schedule, schedule_of, warmup
 from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
@@ -44,6 +44,7 @@ __all__ = [
     "mix",
     "noised",
     "open_log",
+    "plainly",
     "rate",
     "replayed",
     "restore",

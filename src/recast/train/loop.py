@@ -3,20 +3,22 @@
     draw -> losses per sample -> backward -> (accumulate) -> clip -> optimizer -> Step
 
 The caller logs, saves, samples and stops. A step whose loss or gradient is not finite is skipped
-with parameters and optimizer untouched; three in a row raise Diverged.
+with parameters and optimizer untouched; three in a row raise NotFinite.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from recast.errors import Diverged
+from recast.errors import NotFinite
 from recast.train.draws import Draw
 from recast.train.ema import Ema
 from recast.train.loss import Criterion, Student
@@ -32,8 +34,9 @@ class Step:
     `losses` and `times` are (B,) on the CPU over all accumulated draws: the distance of each
     sample before weighting, and where on the path it lay; `weighted` are the distances weighted,
     and `loss` the mean of these that was minimised. `lr` is the rate in effect (times `d`, which is
-    1 unless the optimizer adapts it). `skipped` counts the steps skipped in a row up to here: 0 if
-    this one was taken.
+    1 unless the optimizer adapts it), `rates` that of every group with a "name". `skipped` counts
+    the steps skipped in a row up to here: 0 if this one was taken. `scale` is that of fp16 losses;
+    a step whose scaled gradients overflow is left out, too, but only halves it.
     """
 
     step: int
@@ -45,6 +48,13 @@ class Step:
     lr: float
     d: float
     skipped: int
+    scale: float = 1.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+
+def plainly(optimizer: Optimizer) -> None:
+    """Take a step as torch does."""
+    optimizer.step()
 
 
 def train(
@@ -62,6 +72,8 @@ def train(
     autocast: torch.dtype | None = None,
     partner: Optimizer | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    scaler: GradScaler | None = None,
+    move: Callable[[Optimizer], None] = plainly,
 ) -> Iterator[Step]:
     """Train everything the optimizer holds, `accumulate` draws to a step, until draws run out.
 
@@ -69,8 +81,9 @@ def train(
     `skipped` of the last Step and draws that go on where it stopped. `autocast` is the dtype of
     the net's forward pass; losses are fp32. `partner` holds what the criterion learns by itself;
     it steps along, unclipped and at its own rate. `backward` is accelerate's when it drives the
-    run. Raises Diverged at the third step in a row that is not finite; then the state last saved is
-    the one to go back to.
+    run. `scaler` is for nets in fp16, whose small gradients are 0 otherwise; `move` takes the
+    optimizer's step. Raises NotFinite at the third step in a row that is not finite; then the state
+    last saved is the one to go back to.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device.type
@@ -85,28 +98,33 @@ def train(
         )
 
         # gradients
-        shares, losses, weighted = _backward(net, micro, criterion, forward, backward)
+        shares, losses, weighted = _backward(net, micro, criterion, forward, backward, scaler)
+        scale = _unscale(scaler, optimizer, partner)
         norm = _clip(parameters, clip)
         total = shares.sum().item()
 
         # update
         done += 1
         finite = math.isfinite(total) and math.isfinite(norm)
-        skipped = 0 if finite else skipped + 1
+        overflows = math.isfinite(total) and not finite and scale > 1
+        skipped = 0 if finite else skipped + (not overflows)
         lr, d = rate(optimizer)
         if finite:
-            optimizer.step()
+            move(optimizer)
             if partner:
                 partner.step()
             if ema:
                 ema.update()
         elif skipped >= PATIENCE:
-            raise Diverged(
+            raise NotFinite(
                 f"step {done}: loss {total} and gradient norm {norm}, "
                 f"the {skipped}. step in a row that is not finite; lower the learning rate"
             )
         times = torch.cat([draw.t.detach().float() for draw in micro]).cpu()
-        yield Step(done, total, losses.cpu(), times, weighted.cpu(), norm, lr, d, skipped)
+        yield Step(
+            done, total, losses.cpu(), times, weighted.cpu(), norm, lr, d, skipped, scale,
+            rates(optimizer),
+        )  # fmt: skip
 
 
 def _backward(
@@ -115,6 +133,7 @@ def _backward(
     criterion: Criterion,
     forward: AbstractContextManager,
     backward: Callable[[Tensor], None],
+    scaler: GradScaler | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add up the gradients of one step; returns each draw's share of its loss, distance, weighted.
 
@@ -126,11 +145,23 @@ def _backward(
             seen = criterion(net, draw)
         evened = seen.weighted if draw.weight is None else seen.weighted * draw.weight
         loss = evened.mean() / len(micro)
-        backward(loss)
+        backward(scaler.scale(loss) if scaler else loss)
         shares.append(loss.detach())
         losses.append(seen.distance.detach().float())
         weighted.append(seen.weighted.detach().float())
     return torch.stack(shares), torch.cat(losses), torch.cat(weighted)
+
+
+def _unscale(scaler: GradScaler | None, *optimizers: Optimizer | None) -> float:
+    """Divide the gradients by the loss's scale, which is returned, and let the scale adapt."""
+    if scaler is None:
+        return 1.0
+    scale = scaler.get_scale()
+    for optimizer in optimizers:
+        if optimizer:
+            scaler.unscale_(optimizer)
+    scaler.update()
+    return scale
 
 
 def set_rate(optimizer: Optimizer, factor: float, done: int = 0) -> None:
@@ -149,8 +180,17 @@ def set_rate(optimizer: Optimizer, factor: float, done: int = 0) -> None:
 def rate(optimizer: Optimizer) -> tuple[float, float]:
     """The first group's rate in effect, and the factor `d` that adaptive optimizers put in it."""
     group = optimizer.param_groups[0]
-    d = float(group.get("d", 1.0))
-    return float(group["lr"]) * d, d
+    return _effective(group), float(group.get("d", 1.0))
+
+
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """The rate in effect of the groups that have a "name"; the last of those that share one."""
+    named = [group for group in optimizer.param_groups if "name" in group]
+    return {group["name"]: _effective(group) for group in named}
+
+
+def _effective(group: Mapping[str, Any]) -> float:
+    return float(group["lr"]) * float(group.get("d", 1.0))
 
 
 def _clip(parameters: list[Tensor], clip: float | None) -> float:

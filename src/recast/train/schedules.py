@@ -3,8 +3,9 @@
 The loop sets the rate anew at every step, so that a resumed run needs no scheduler state. With p
 the share of the steps that are done,
 
-    linear 1 - p            polynomial (1 - p)^power        rex (1 - p) / (1 - p / 2)
-    cosine (1 + cos(2 pi cycles p)) / 2                     restarts (1 + cos(pi (cycles p mod 1))) / 2
+    linear      1 - p               cosine     (1 + cos(2 pi cycles p)) / 2
+    polynomial  (1 - p)^power       restarts   (1 + cos(pi (cycles p mod 1))) / 2
+    rex         (1 - p) / (1 - p / 2)
 """
 
 import math

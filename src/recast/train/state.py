@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from recast.checkpoint import Checkpoint, write_dict
-from recast.commit import commit_folder, valid_folder
-from recast.errors import Diverged, Refused
+from recast.commit import FULL, commit_folder, valid_folder
+from recast.errors import NoRoom, NotFinite, Refused
 from recast.train.ema import Ema
 from recast.train.tree import flatten, unflatten
 
@@ -55,7 +55,7 @@ def save(
 
     `parameters` are what the optimizer holds, in its order. `identity` is what must be equal at
     resume (recipe, seed, hash of the model), plain JSON; `extra` is handed back by `load` and may
-    hold tensors. Save in training mode, not inside `averaged` or `shown`. Raises Diverged, with
+    hold tensors. Save in training mode, not inside `averaged` or `shown`. Raises NotFinite, with
     nothing written, if a parameter is not finite.
     """
     if keep < 2:
@@ -63,7 +63,7 @@ def save(
     _same_tensors(parameters, optimizer)
     for name, tensor in parameters.items():
         if not torch.isfinite(tensor).all():
-            raise Diverged(f"step {step}: {name} is not finite; the state before it is kept")
+            raise NotFinite(f"step {step}: {name} is not finite; the state before it is kept")
     tensors: dict[str, Tensor] = {}
     scalars = {
         "step": step,
@@ -181,9 +181,20 @@ def open_log(path: Path, length: int = 0) -> IO[bytes]:
 
 
 def append(log: IO[bytes], record: Mapping[str, Any]) -> None:
-    """Write one record as one whole line of JSON; numbers that are not finite become null."""
-    log.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
-    log.flush()
+    """Write one record as one whole line of JSON; numbers that are not finite become null.
+
+    Raises NoRoom on a full disk; what is left of the line is cut off at the next opening.
+    """
+    try:
+        log.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        log.flush()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise NoRoom(
+            f"{log.name} could not be written, its disk is full: make room there, and the same "
+            "command goes on."
+        ) from error
 
 
 def log_length(log: IO[bytes]) -> int:
