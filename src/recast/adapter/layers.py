@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recast.adapter.fused import fusable, fused
 from recast.lowrank import LowRank
 from recast.quantise import Quantised
 
@@ -89,12 +90,15 @@ class LoCon(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output, and for the student the change on top."""
-        out = self.base(x)
         if not self.switch.student:
-            return out
+            return self.base(x)
+        drops = self.dropouts if self.training and torch.is_grad_enabled() else NONE
+        if not drops and fusable(self.base, x):
+            start = None if self.up0 is None or self.down0 is None else (self.up0, self.down0)
+            return fused(self.base, x, self.up, self.down, start, self.scale)
+        out = self.base(x)
         up, down = self.change()
         down = down.to(x.dtype)
-        drops = self.dropouts if self.training and torch.is_grad_enabled() else NONE
         if drops.values:
             x = F.dropout(x, drops.values)
         hidden = _product(self.base, x, down)
