@@ -9,14 +9,13 @@ from recast.convert.networks import text_end, trains_text
 from recast.errors import Refused
 from recast.layout import Layout
 from recast.layout.names import part_of
+from recast.optim import ONE_RATE
 from recast.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
     from recast.adapter import Attached
-
-ONE_RATE = ("dadaptlion", "dadaptadam", "prodigy", "prodigyplus")
 
 
 def check(layout: Layout, recipe: Recipe) -> None:
