@@ -33,7 +33,7 @@ the model's own objective unless a flag says otherwise; captions are read from `
 (their steps stay multiples of 8): a command for SDXL's 1024 pixels runs on `pocket-xl` with
 `--size 64`.
 
-In the tables `MODEL`, `IMAGES`, `OUT` and `FROM` are the arguments of `recast train`; names with
+In the tables `MODEL`, `IMAGES` and `OUT` are the arguments of `recast train`; names with
 a dot are keys of a recipe ([training.md](training.md)). A flag may be shortened as argparse
 allows.
 """

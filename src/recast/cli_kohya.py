@@ -54,14 +54,14 @@ def kohya(
 
     Example: recast kohya --file train.bat --save-recipe mine.toml
     """
-    from recast.kohya import local, read_command, scaled, translate
+    from recast.kohya import begun, local, localised, read_command, scaled, translate
     from recast.recipe import override
 
     if (file is None) == (not words):
         raise Refused("give the command behind --, or the file that holds it as --file.")
     found = translate(read_command(file) if file else words or ())
-    recipe = found.recipe if size is None else scaled(found.recipe, size)
-    recipe = override(recipe, steps=steps)
+    recipe = begun(localised(found.recipe))
+    recipe = override(recipe if size is None else scaled(recipe, size), steps=steps)
     model = model or found.model
     images = images or (local(found.images) if found.images else None)
     out = out or (local(found.out) if found.out else None)

@@ -8,7 +8,7 @@ import pytest
 from published import FAST, FLOW, FULL_FINETUNE
 
 from recast.errors import Refused
-from recast.kohya import TOLD, Translation, scaled, translate
+from recast.kohya import TOLD, Translation, begun, localised, scaled, translate
 from recast.kohya.flags import FLAGS, LAUNCH, SECTIONS
 from recast.kohya.network import NETWORK_ARGS
 from recast.kohya.shell import commands
@@ -57,6 +57,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--network_dim=32", {"network.dim": 32}),
     ("--network_alpha=16", {"network.alpha": 16.0}),
     ("--network_dropout=0.1", {"network.dropout": 0.1}),
+    ("--network_weights=w.safetensors", {"network.weights": "w.safetensors"}),
     ("--network_args dropout=0.2 rank_dropout=0.1 module_dropout=0.3",
      {"network.dropout": 0.2, "network.rank_dropout": 0.1, "network.module_dropout": 0.3}),
     ("--network_args conv_dim=8", {"network.conv_dim": 8, "train.profile": "kohya-conv,te1,te2"}),
@@ -162,7 +163,9 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--sample_every_n_steps=50 --sample_sampler=euler_a --sample_prompts=p.txt --sample_at_first",
      {"watch.previews_every": 50, "watch.preview_solver": "euler_ancestral",
       "watch.prompts": "p.txt", "watch.previews_first": True}),
-    ("--sample_every_n_epochs=1", {"watch.previews_epochs": 1}),
+    ("--sample_every_n_epochs=1", {}),
+    ("--sample_every_n_epochs=1 --sample_prompts=p.txt",
+     {"watch.previews_epochs": 1, "watch.prompts": "p.txt"}),
     ("--validation_split=0.1 --validate_every_n_steps=50",
      {"watch.validate_share": 0.1, "watch.validate_every": 50}),
     ("--validate_every_n_epochs=1", {"watch.validate_epochs": 1}),
@@ -185,9 +188,8 @@ def test_every_flag_with_an_effect_is_among_those_tried() -> None:
 
 
 def test_paths_are_told_to_the_run() -> None:
-    found = command("--output_dir=out", "--output_name=mine", "--network_weights=w.safetensors")
+    found = command("--output_dir=out", "--output_name=mine")
     assert (found.model, found.images, found.out) == ("a.safetensors", "pics", "out/mine")
-    assert found.start == "w.safetensors"
     assert command("--training_comment=hello").recipe.about == "hello"
 
 
@@ -299,7 +301,7 @@ def test_the_published_full_finetune() -> None:
     found = published(FULL_FINETUNE)
     recipe = found.recipe
     assert found.model == "C:\\models\\diff.safetensors"
-    assert found.start == "C:\\models\\locon.safetensors"
+    assert recipe.network.weights == "C:\\models\\locon.safetensors"
     network, train, images = recipe.network, recipe.train, recipe.images
     assert (network.kind, train.profile) == ("lora", "lycoris-full,te1,te2")
     assert (network.dim, network.alpha, network.conv_dim, network.conv_alpha) == (64, 64, 64, 64)
@@ -353,6 +355,8 @@ def test_a_saved_recipe_reads_back_the_same(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(dump_short(recipe), encoding="utf-8")
     assert load(path) == recipe
+    assert localised(recipe).network.weights in ("", "C:/models/locon.safetensors")
+    assert begun(recipe) == recipe  # the file is not there
     small = scaled(recipe, 64)
     assert (small.data.size, small.images.bucket_reso_steps) == (64, 8)
     assert small.images.max_bucket_reso == recipe.images.max_bucket_reso // 16
@@ -361,7 +365,8 @@ def test_a_saved_recipe_reads_back_the_same(text: str, tmp_path: Path) -> None:
 def test_the_preset_is_the_published_command_but_for_its_paths_and_seed() -> None:
     apart = differences(published(FAST).recipe, load("fast-80"))
     assert set(apart) <= {
-        "train.seed", "train.huber_schedule", "watch.prompts", "images.caption_extension",
+        "train.seed", "train.huber_schedule", "watch.prompts", "watch.previews_every",
+        "images.caption_extension",
     }  # fmt: skip
 
 
@@ -370,6 +375,7 @@ def test_the_other_presets_are_theirs_with_the_adapter_that_the_published_steps_
     assert set(apart) <= {
         "train.seed", "train.huber_schedule", "data.vae", "images.caption_extension",
         "train.profile", "train.rank", "network.kind", "network.dim", "network.alpha",
+        "network.weights",
         "network.conv_dim", "network.conv_alpha",
     }  # fmt: skip
     flow, reference = published(FLOW).recipe, load("flow-dadaptlion")

@@ -43,7 +43,7 @@ class Job:
 
     via: objectives on the way, each a run of its own. start: a patch to begin with, `trains` off
     adds it and trains nothing, `far` takes it for any model. file: where the model is written, if
-    not into `out`.
+    not into `out`. pairs: a folder of `recast dream` in place of the run's own dreams.
     """
 
     model: Path
@@ -60,6 +60,7 @@ class Job:
     trains: bool = True
     far: bool = False
     file: Path | None = None
+    pairs: Path | None = None
 
 
 def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
@@ -99,7 +100,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks, exchange, proceed, start, texts
+    from recast.convert import checks, exchange, pairs, proceed, start, texts
     from recast.convert.material import examples_of
     from recast.convert.sources import skips_broken, sources_of
 
@@ -107,6 +108,7 @@ def prepare(
     layout = checks.check_model(checkpoint, job.recipe)
     source, objective = checks.objectives(checkpoint, job)
     checks.check_way(job, source, objective)
+    pairs.check(checkpoint, job, source, objective)
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
     texts.check(layout, job)
@@ -141,6 +143,7 @@ def identify(
     recipe = job.recipe.model_dump(exclude={"about"})
     # see in_header
     recipe["train"].pop("checkpoint_every")
+    recipe.pop("save")
     return {
         "model": checkpoint.sha256(),
         "source": source,
@@ -161,8 +164,11 @@ def write_recipe(folder: Folder, recipe: Recipe) -> None:
 
 
 def in_header(recipe: Recipe) -> Recipe:
-    """The recipe as a file states it: how often states were saved is not part of the result."""
-    return override(recipe, checkpoint_every=load().train.checkpoint_every)
+    """The recipe as a file states it: what was saved on the way is not part of the result."""
+    usual = load()
+    return override(
+        recipe, checkpoint_every=usual.train.checkpoint_every, save=usual.save.model_dump()
+    )
 
 
 def train_stage(

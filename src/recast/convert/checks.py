@@ -76,6 +76,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     """Refuse what a recipe's own check cannot see: solver, optimizer arguments, prompts, sizes."""
     import torch
 
+    from recast.convert import prompted
     from recast.convert.fixed import previews, validates
     from recast.convert.sources import dream_plan, sources_of
     from recast.evaluate.judges import judge_kind
@@ -88,6 +89,8 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     check_draws(recipe, replays=sources_of(job).dreams == "replay")
     find_solver(recipe.evaluate.solver)
     find_solver(recipe.data.replay_solver)
+    find_solver(recipe.watch.preview_solver or recipe.evaluate.solver)
+    prompted.check(recipe)
     check_base(recipe.train.base, job.device)
     build(
         recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recast.checkpoint import Checkpoint, write_dict
+from recast.convert import prompted
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder
 from recast.evaluate.bound import latents, noises, pictures
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 FIXED, PREVIEWS = "watch/fixed.safetensors", "watch/previews.safetensors"
 ENOUGH = 16  # images for each one that is held out
+MOST = 256  # images that are held out
 CAPTIONS = "recast.captions"  # of the header of FIXED
 APART = 1 << 20  # seeds of validation latents begin here, behind those of the report
 
@@ -57,27 +59,40 @@ class Originals:
 
 def validates(recipe: Recipe) -> bool:
     """Whether a run of this recipe is long enough to be validated, and shall be."""
-    return 0 < recipe.watch.validate_every <= recipe.train.limit
+    how = recipe.watch
+    return 0 < how.validate_every <= recipe.train.limit or how.validate_epochs > 0
+
+
+def paints(recipe: Recipe) -> bool:
+    """Whether a run of this recipe paints previews."""
+    how = recipe.watch
+    often = 0 < how.previews_every <= recipe.train.limit or how.previews_epochs > 0
+    return often or how.previews_first
 
 
 def previews(recipe: Recipe) -> bool:
-    """Whether a run of this recipe paints previews."""
-    return 0 < recipe.watch.previews_every <= recipe.train.limit
+    """Whether these are held against the original's pictures, for want of a prompts file."""
+    return paints(recipe) and not recipe.watch.prompts
 
 
 def parts(recipe: Recipe) -> tuple[str, ...]:
     """What of the model training needs."""
-    decodes = previews(recipe) or (validates(recipe) and recipe.watch.alarm)
+    decodes = paints(recipe) or (validates(recipe) and recipe.watch.alarm)
     return ("unet", "vae") if decodes else ("unet",)
 
 
 def hold_out(made: Sequence[Made], recipe: Recipe) -> tuple[list[Made], list[Made]]:
-    """(for training, held out): pictures of the commonest size, where there are enough images."""
+    """(for training, held out): pictures of the commonest size, where there are enough images.
+
+    As many as the recipe's share of all says, where it says one; else as it validates on.
+    """
     from recast.data.batches import permutation
 
     usable = [entry for entry in made if not entry.problem]
-    count = recipe.watch.validate_on
-    if not validates(recipe) or len(usable) < ENOUGH * count:
+    share = recipe.watch.validate_share
+    count = min(MOST, round(share * len(usable))) if share else recipe.watch.validate_on
+    enough = 0 < count < len(usable) if share else len(usable) >= ENOUGH * count
+    if not (validates(recipe) and enough):
         return list(made), []
     (shape, _), *_ = Counter(entry.fit.target for entry in usable).most_common(1)
     same = [k for k, entry in enumerate(made) if not entry.problem and entry.fit.target == shape]
@@ -129,6 +144,8 @@ def prepare(
         )  # fmt: skip
         said = {CAPTIONS: json.dumps(captions)}
         write_fixed(folder.path(FIXED), fixed, {**folder.stamp(), **said})
+    if paints(job.recipe):
+        prompted.prepare(model, folder, job.recipe)
     if previews(job.recipe) and not folder.has(PREVIEWS):
         write_originals(folder.path(PREVIEWS), originals(model, folder, job), folder.stamp())
 

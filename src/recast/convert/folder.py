@@ -134,9 +134,10 @@ def clear(root: Path, outputs: tuple[str, ...]) -> None:
         "bridge.safetensors",
         "log.jsonl",
         "pictures.png",
+        "changes.png",
     ):
         (root / name).unlink(missing_ok=True)
-    for name in ("state", "cache", "pairs", "pictures", "previews", "tb", "watch"):
+    for name in ("state", "cache", "pairs", "pictures", "previews", "saved", "tb", "watch"):
         if (root / name).is_dir():
             shutil.rmtree(root / name)
     (root / IDENTITY).unlink(missing_ok=True)  # last, so that a kill leaves the folder claimed

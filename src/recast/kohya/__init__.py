@@ -20,10 +20,22 @@ from recast.kohya.shell import read_command
 from recast.kohya.turns import optimizer, rates, schedule, steps
 from recast.recipe import Recipe, load, override
 
-__all__ = ["Told", "Translation", "read_command", "scaled", "translate"]
+__all__ = [
+    "Told",
+    "Translation",
+    "begun",
+    "local",
+    "localised",
+    "read_command",
+    "scaled",
+    "translate",
+]
 
-TOLD = ("MODEL", "IMAGES", "OUT", "FROM")  # what the run is told beside the recipe
+TOLD = ("MODEL", "IMAGES", "OUT")  # what the run is told beside the recipe
 NEEDED = {"network_module": "what is trained", "pretrained_model_name_or_path": "the model"}
+PATHS = (
+    ("data", "vae"), ("network", "weights"), ("watch", "prompts"), ("images", "masks"),
+)  # fmt: skip
 DEFAULTS: Settings = {  # where sd-scripts' differ from recipes/default.toml
     "target.objective": "same",
     "target.teacher": "data",
@@ -63,7 +75,6 @@ class Translation:
     model: str | None = None
     images: str | None = None
     out: str | None = None
-    start: str | None = None
 
 
 def translate(words: Sequence[str]) -> Translation:
@@ -140,3 +151,31 @@ def scaled(recipe: Recipe, size: int) -> Recipe:
 def local(path: str) -> Path:
     """A path of the command here: separators of Windows are read as such elsewhere too."""
     return Path(path if "/" in path else path.replace("\\", "/"))
+
+
+def localised(recipe: Recipe) -> Recipe:
+    """The recipe with the paths in it as they are here."""
+    changes: dict[str, dict[str, str]] = {}
+    for section, key in PATHS:
+        if named := getattr(getattr(recipe, section), key):
+            changes.setdefault(section, {})[key] = str(local(named))
+    return override(recipe, **changes) if changes else recipe
+
+
+def begun(recipe: Recipe) -> Recipe:
+    """The recipe, of kind principal where the adapter that it goes on from is principal.
+
+    The factors that `recast split` writes are those the run would make itself.
+    """
+    from recast.checkpoint import Checkpoint
+
+    path = Path(recipe.network.weights)
+    if not recipe.network.weights or not path.is_file():
+        return recipe
+    with Checkpoint(path) as file:
+        role = file.metadata.get("recast.role", "")
+    if not role.startswith("pissa"):
+        return recipe
+    weights = "" if role == "pissa-init" else recipe.network.weights
+    dim = recipe.network.dim
+    return override(recipe, network={"kind": "principal", "weights": weights}, rank=dim)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from recast.kohya.flag import Flag, choice, idle, key, refused, through, told
-from recast.kohya.turns import last_steps, out, sampler
+from recast.kohya.flag import Flag, choice, idle, key, refused, through
+from recast.kohya.turns import last_steps, out, sampler, samples
 
 HUB = "nothing is sent to a hub"
 SAID = "the header says recipe, parents and objective; recast mark writes more"
@@ -34,10 +34,11 @@ RUN = (
     Flag("initial_epoch", "whole", refused("the same command resumes, at the step it left", 1)),
     Flag("initial_step", "whole", refused("the same command resumes, at the step it left", 0)),
     Flag("skip_until_initial_step", "switch", idle("it belongs to --initial_step")),
-    Flag("network_weights", "word", told("FROM"), "an adapter that training goes on from"),
-    Flag("sample_every_n_steps", "whole", key("watch.previews_every")),
-    Flag("sample_every_n_epochs", "whole", key("watch.previews_epochs")),
-    Flag("sample_at_first", "switch", key("watch.previews_first")),
+    Flag("network_weights", "word", key("network.weights"),
+        "an adapter of any format; of a principal one (`recast split`) kind `principal`"),
+    Flag("sample_every_n_steps", "whole", samples("watch.previews_every")),
+    Flag("sample_every_n_epochs", "whole", samples("watch.previews_epochs")),
+    Flag("sample_at_first", "switch", samples("watch.previews_first")),
     Flag("sample_prompts", "word", key("watch.prompts"), "in sd-scripts' own grammar"),
     Flag("sample_sampler", "word", through(sampler, "watch.preview_solver")),
     Flag("validation_split", "number", key("watch.validate_share")),

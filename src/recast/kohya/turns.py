@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recast.errors import Refused
-from recast.kohya.flag import Given, Idle, Outcome, Settings
+from recast.kohya.flag import Given, Idle, Outcome, Settings, Turn, through
 
 SDXL = "sdxl_train_network.py"
 RATE = 2e-6  # sd-scripts' learning rate where none is given
@@ -141,6 +141,17 @@ def sampler(value: str, given: Given) -> Outcome:
     if value not in SOLVERS:
         raise Refused(f"{{flag}} {value} is none of the samplers here: {', '.join(SOLVERS)} are.")
     return {"watch.preview_solver": SOLVERS[value]}
+
+
+def samples(name: str) -> Turn:
+    """A key of previews, which there are none of without a prompts file."""
+
+    def apply(value: Any, given: Given) -> Outcome:
+        if "sample_prompts" not in given:
+            return Idle("it needs --sample_prompts, as in sd-scripts")
+        return {name: value}
+
+    return through(apply, name)
 
 
 def clip_skip(value: int, given: Given) -> Outcome:
