@@ -398,7 +398,7 @@ COMMANDS = {
 }
 RECIPES = {
     "DREAMS": '[data]\nsource = "mix"\n[target]\nteacher = "data"\nobjective = "same"\n',
-    "TEACHER": '[data]\nsource = "images"\n[target]\nobjective = "same"\n[network]\nkind = "lora"\n',
+    "TEACHER": '[data]\nsource = "images"\n[target]\nobjective = "same"\n',
     "DROPOUT": "[network]\ndropout = 0.1\n",
     "CONVS": '[train]\nprofile = "*conv1.weight"\n',
     "RANKLESS": '[train]\nrank = 0\nprofile = "principal"\n',
