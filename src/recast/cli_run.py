@@ -63,6 +63,10 @@ def convert(
     images: Annotated[
         Path | None, typer.Option(help="Images with .txt captions; none: the model dreams its own.")
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of recast dream, in place of dreams of the run's own."),
+    ] = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Begin with a related model's patch instead of from nothing."),
@@ -94,7 +98,7 @@ def convert(
     job = Job(
         model_path(model), out, with_vae(how, vae, vae_scale, vae_shift), images=images,
         source=source, device=device_of(device), skip_broken=skip_broken,
-        force=force, via=tuple(via or ()), start=from_, far=far,
+        force=force, via=tuple(via or ()), start=from_, far=far, pairs=pairs,
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.checkpoint import Checkpoint, write_dict
-from recast.commit import lock, require_room, standing
+from recast.commit import commit, lock, require_room, standing
 from recast.errors import RecastError, Refused
 from recast.events import Event, Note, Stage, Tick, amount
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from recast.text.encode import Condition
 
 DIGEST_KEY = "recast.dream"
+PLAN = "plan.json"  # beside the shards: the plan, the model's hash, and what that predicts
 POSITIONS = 1024  # latent positions sampled at once: 16 pictures of 64 pixels, 1 of 1024
 AHEAD = 32  # shards whose prompts are encoded before the first of them is dreamt
 
@@ -139,6 +140,7 @@ def dream(
             f"Dreaming {plan.pictures} pictures; their pairs take {amount(each * plan.pictures)}"
             + (f" ({have} there already)." if have else ".")
         )
+        _write_plan(model, folder / PLAN, plan)
         yield Stage("dream", plan.pictures, "pictures", 0)
         for group in range(0, len(starts), AHEAD):
             numbers = range(group, min(group + AHEAD, len(starts)))
@@ -169,6 +171,12 @@ def _asked(model: Model, plan: Plan, texts: Sequence[str]) -> Condition:
 
     with torch.no_grad():
         return model.condition([*texts, *[plan.negative] * len(texts)], size=_square(plan.size))
+
+
+def _write_plan(model: Model, path: Path, plan: Plan) -> None:
+    said = {"model": model.checkpoint.sha256(), "source": model.objective.name, **asdict(plan)}
+    text = json.dumps(said, indent=1, ensure_ascii=False).encode()
+    commit(path, lambda file: file.write(text), size=len(text), force=True)
 
 
 def _write(shard: Shard, path: Path, digest: str) -> None:
@@ -246,20 +254,31 @@ def read_shards(folder: Path, plan: Plan, model_sha256: str) -> list[Shard]:
 
     Raises Refused if one is missing or of another plan.
     """
-    digest = plan.digest(model_sha256)
     found: list[Shard] = []
     count = 0
+    for path, texts in shards(folder, plan, model_sha256):
+        with Checkpoint(path) as file:
+            t, x, u, u_null = (file[key] for key in ("t", "x", "u", "u_null"))
+        found.append(Shard(texts, t, x, u, u_null, plan.zeroed(count, len(texts))))
+        count += len(texts)
+    return found
+
+
+def shards(folder: Path, plan: Plan, model_sha256: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Every shard of a finished dream by its header: the file, and the prompts of its pictures.
+
+    Raises Refused as `read_shards` does.
+    """
+    digest = plan.digest(model_sha256)
+    number = count = 0
     while count < plan.pictures:
-        path = shard_path(folder, len(found))
+        path = shard_path(folder, number)
         if not _present(path, digest):
             raise Refused(f"{path} is missing or of another plan: run recast dream again.")
         with Checkpoint(path) as file:
             texts = tuple(json.loads(file.metadata["recast.prompts"]))
-            zeroed = plan.zeroed(count, len(texts))
-            t, x, u, u_null = (file[key] for key in ("t", "x", "u", "u_null"))
-            found.append(Shard(texts, t, x, u, u_null, zeroed))
-        count += len(texts)
-    return found
+        yield path, texts
+        number, count = number + 1, count + len(texts)
 
 
 def _present(path: Path, digest: str) -> bool:

@@ -176,6 +176,7 @@ def command(job: Job, objective: str) -> str:
         words += ["--from", str(job.start)] if job.start else []
     words += ["--far"] if job.far else []
     words += ["--images", str(job.images)] if job.images else []
+    words += ["--pairs", str(job.pairs)] if job.pairs else []
     words += ["--source", job.source] if job.source else []
     usual = override(load(), objective=objective)
     if job.file is not None:

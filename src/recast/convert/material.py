@@ -212,15 +212,22 @@ def from_dreams(
     objective: Objective,
     stopped: Callable[[], int],
 ) -> Generator[Event, None, Replay | Selfmade]:
-    """Let the original dream into the run's `pairs`; returns what was met, or what was painted."""
+    """Let the original dream into the run's `pairs`, unless pairs are given already.
+
+    Returns what was met, or what was painted.
+    """
     from recast.convert import fixed
 
     plan = dream_plan(job, checkpoint, objective.name)
     model = opened(checkpoint, job, source)
-    yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
-    if signal := stopped():
-        raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
-    shards = tuple(read_shards(folder.path("pairs"), plan, checkpoint.sha256()))
+    if job.pairs is None:
+        yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
+        if signal := stopped():
+            raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
+    else:
+        yield Note(f"Taking the {plan.pictures} pictures that were dreamt into {job.pairs}.")
+    place = job.pairs or folder.path("pairs")
+    shards = tuple(read_shards(place, plan, checkpoint.sha256()))
     conditions, rows = conditions_of(model, shards, plan.size)
     about = (job.recipe, objective, job.device, model.factor)
     if sources_of(job).dreams == "replay":

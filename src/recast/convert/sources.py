@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from recast.checkpoint import Checkpoint
+from recast.convert import pairs
 from recast.dream import Plan
 from recast.errors import Refused
 from recast.wishes import CAPTIONS, GRAMMAR, captions_of, from_grammar, prompts_for
@@ -44,6 +45,8 @@ def sources_of(job: Job) -> Sources:
     """
     data, folder = job.recipe.data, images_of(job)
     kind = data.source
+    if kind == "auto" and job.pairs is not None:
+        kind = "replay" if folder is None else "mix"
     if kind == "auto":
         kind = "replay" if folder is None else "mix" if mixes(job.recipe) else "images"
     if kind == "images" or (kind == "mix" and data.mix_share == 1):
@@ -86,7 +89,9 @@ def check(job: Job) -> None:
 
 
 def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
-    """What the recipe asks the original to dream of."""
+    """What the recipe asks the original to dream of, or what the pairs at hand were dreamt of."""
+    if job.pairs is not None:
+        return pairs.plan_of(job.pairs)
     data = job.recipe.data
     return Plan(
         prompts=wishes(job, checkpoint),
@@ -129,7 +134,7 @@ def room(checkpoint: Checkpoint, layout: Layout, job: Job) -> int:
     """Bytes that the dreams of a run take on disk."""
     from recast.model.load import preferred_size
 
-    if sources_of(job).dreams is None:
+    if sources_of(job).dreams is None or job.pairs is not None:
         return 0
     plan = dream_plan(job, checkpoint, job.recipe.target.objective)
     side = (plan.size or preferred_size(checkpoint, layout)) // PIXELS
