@@ -17,6 +17,7 @@ from recast import (
     cli_patch,
     cli_run,
     cli_surgery,
+    cli_track,
 )
 from recast.commit import FULL
 from recast.console import ERR
@@ -50,7 +51,7 @@ def options(
 
 for verb in (
     *cli_run.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
-    *cli_chop.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
+    *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)

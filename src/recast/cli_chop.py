@@ -1,15 +1,15 @@
-"""The verbs that look into an adapter block by block: chop, track."""
+"""The verb that looks into an adapter block by block and cuts it: chop."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recast import console
-from recast.cli_common import Force, Json, model_path
+from recast.cli_common import Device, Force, Json, Source, device_of, model_path
 from recast.cli_lora import Of, _layout, _table, ranges
 from recast.errors import Refused
 from recast.events import amount
@@ -18,7 +18,6 @@ from recast.show import say
 if TYPE_CHECKING:
     from recast.layout import Plan
     from recast.surgery.contents import Held, Row
-    from recast.surgery.track import Track
     from recast.surgery.weights import Weights
 
 
@@ -39,7 +38,27 @@ def chop(
     ] = None,
     a: Annotated[float, typer.Option("--a", help="What A means in a preset; half of it a.")] = 4.0,
     b: Annotated[float, typer.Option("--b", help="What B means in a preset; half of it b.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of a preset's R and U.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --explore, and of a preset's R and U.")] = 0,
+    explore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Paint with MODEL each block alone and left out, into a page (--out page.html).",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="With --explore: what to paint; may be given again.")
+    ] = None,
+    likeness: Annotated[
+        float, typer.Option(help="With --explore: the SSIM that the suggested blocks keep.")
+    ] = 0.9,
+    steps: Annotated[int, typer.Option(min=1, help="With --explore: steps of a picture.")] = 12,
+    size: Annotated[
+        str | None,
+        typer.Option(help="With --explore: 1024 or 832x1216; the model's own otherwise."),
+    ] = None,
+    device: Device = None,
+    source: Source = None,
     model: Of = None,
     force: Force = False,
     json: Json = False,
@@ -48,8 +67,18 @@ def chop(
 
     A weight scales a block's change by exactly that; 0 leaves it out.
 
+    With --explore it writes a page on which blocks are ticked by their pictures.
+
     Example: recast chop lora.safetensors --keep IN08,OUT00,OUT01 --out small.safetensors
     """
+    if explore is not None:
+        chosen = [name for name, given in {"--keep": keep, "--drop": drop, "--weights": weights,
+                  "--vector": vector, "--model": model}.items() if given]  # fmt: skip
+        if chosen:
+            raise Refused(f"--explore paints all blocks of its own model: leave out {chosen[0]}.")
+        asked = Asked(tuple(prompt or ()), seed, steps, likeness, size)
+        _explore(adapter, explore, out, asked, device, source, force=force, json=json)
+        return
     from recast.adapter.formats import open_raw
     from recast.commit import refuse_target
     from recast.surgery.chop import chop as chop_file
@@ -74,6 +103,79 @@ def chop(
         wanted = Weights((("*", 0.0), *((block, 1.0) for block in sorted(there))))
         facts = {}
     _show(facts, modules, energies, wanted, plan, json=json)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of --explore."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    likeness: float
+    size: str | None
+
+
+def _explore(
+    adapter: Path,
+    model: str,
+    out: Path | None,
+    asked: Asked,
+    device: str | None,
+    source: str | None,
+    *,
+    force: bool,
+    json: bool,
+) -> None:
+    """Paint every block alone and left out, and write the page."""
+    from recast.adapter import read_adapter
+    from recast.adapter.formats import open_raw
+    from recast.commit import commit, refuse_target
+    from recast.layout import detect, open_checkpoint
+    from recast.model import open_model
+    from recast.painting import pixels
+    from recast.surgery.contents import energy, held
+    from recast.surgery.explore import Explored, Setting, explore, groups_of
+    from recast.surgery.page import file_size, page
+
+    if out is None or out.suffix not in (".html", ".htm"):
+        raise Refused("--explore writes a page: give --out page.html.")
+    if not asked.prompts:
+        raise Refused("--explore paints: give --prompt, with what the adapter was trained on.")
+    if not 0 < asked.likeness <= 1:
+        raise Refused(f"--likeness {asked.likeness:g} is no SSIM: give a number up to 1, like 0.9.")
+    setting = Setting(
+        asked.prompts, asked.seed, asked.steps, size=pixels(asked.size), likeness=asked.likeness
+    )
+    refuse_target(out, force=force, sources=[adapter])
+    ended: list[Explored] = []
+    with open_checkpoint(model_path(model)) as checkpoint:
+        layout = detect(checkpoint)
+        with open_raw(adapter, layout) as raw:
+            modules, plan = held(raw, adapter, layout)
+            energies = {module.spot.lora: energy(adapter, module) for module in modules}
+            opened = open_model(checkpoint, device=device_of(device), objective=source)
+            change = read_adapter(adapter, layout)
+            console.follow(explore(opened, change, groups_of(modules), setting, ended))
+            (seen,) = ended
+            text = page(seen, plan, energies, adapter.name).encode()
+            small = file_size(seen.groups, seen.chosen)
+    commit(out, lambda file: file.write(text), size=len(text), force=force)
+    assert seen.chosen_seen
+    facts = {
+        "page": str(out), "suggested": ",".join(seen.chosen), "likeness": seen.chosen_seen.likeness,
+        "kept": seen.chosen_seen.kept, "bytes": small,
+        "blocks": {g.name: {"alone": seen.alone[g.name].likeness,
+                            "alone_kept": seen.alone[g.name].kept,
+                            "without": seen.without[g.name].likeness,
+                            "without_kept": seen.without[g.name].kept} for g in seen.groups},
+    }  # fmt: skip
+    if json:
+        console.emit(facts)
+        return
+    say(f"suggested: {facts['suggested']} (likeness {seen.chosen_seen.likeness:.3f}, "
+        f"about {amount(small)})")  # fmt: skip
+    say(f"Look at {out}")
 
 
 def _weights(
@@ -155,90 +257,4 @@ def _cells(row: Row, weights: set[float]) -> tuple[str, ...]:
     return (*counts, amount(row.bytes), share, weight)
 
 
-def track(
-    run: Annotated[
-        list[Path], typer.Argument(help="A run's folder with saved steps, or the files in order.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="The picture to write, a .png.")] = None,
-    initial: Annotated[
-        Path | None, typer.Option(help="The adapter training began with; found in a run's folder.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Its checkpoint: shows the change relative to the weights.")
-    ] = None,
-    each: Annotated[
-        bool, typer.Option("--each", help="Since the saved step before, not since the start.")
-    ] = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """Show how far weights moved over the saved steps of a run, per block and module.
-
-    Example: recast track runs/lora --out change.png
-    """
-    from contextlib import ExitStack
-
-    from recast.commit import commit, refuse_target
-    from recast.evaluate.track import by_block, change_png
-    from recast.layout import open_checkpoint
-    from recast.surgery.track import saved_steps
-    from recast.surgery.track import track as measure
-
-    if out is not None:
-        refuse_target(out, force=force)
-    saved, found = saved_steps(run)
-    with ExitStack() as files:
-        base = files.enter_context(open_checkpoint(model_path(model))) if model else None
-        seen = measure(saved, initial=initial or found, model=base, each=each)
-    steps = range(len(seen.steps))
-    rows = [by_block(seen.squares(k)) for k in steps]
-    blocks = {block: [row[block] for row in rows] for block in rows[0]}
-    if out is not None:
-        title = "Change between saved steps" if each else "Change since the start"
-        data = change_png(seen.steps, blocks, title=f"{title} (Frobenius norm)")
-        commit(out, lambda file: file.write(data), size=len(data), force=force)
-    if json:
-        console.emit({
-            "steps": seen.steps, "blocks": blocks, "modules": seen.norms,
-            "relative": _relative(seen), "picture": out and str(out),
-        })  # fmt: skip
-        return
-    _show_track(seen, blocks)
-    if out is not None:
-        say(str(out))
-
-
-def _relative(seen: Track) -> dict[str, float]:
-    """The last norm over that of the base's weights, by block; empty without a base."""
-    from recast.evaluate.track import by_block
-
-    if not seen.base:
-        return {}
-    weights = by_block((seen.blocks[lora], norm**2) for lora, norm in seen.base.items())
-    return {block: norm / weights[block] for block, norm in by_block(seen.squares(-1)).items()
-            if weights.get(block)}  # fmt: skip
-
-
-def _show_track(seen: Track, blocks: dict[str, list[float]]) -> None:
-    """Up to seven steps by block, text encoders as one, and the modules that moved furthest."""
-    count = len(seen.steps)
-    shown = sorted({round(k * (count - 1) / 6) for k in range(7)})
-    relative = _relative(seen)
-    table = _table(
-        "block", *(str(seen.steps[k]) for k in shown), *(["of weights"] * bool(relative))
-    )
-    texts: dict[str, list[list[float]]] = {}
-    for block, norms in blocks.items():
-        texts.setdefault(block.partition(".")[0], []).append(norms)
-    for block, group in texts.items():
-        cells = [f"{math.hypot(*(norms[k] for norms in group)):.4g}" for k in shown]
-        share = relative.get(block)
-        table.add_row(block, *cells, *([f"{100 * share:.2g} %"] if share else []))
-    console.OUT.print(table)
-    say()
-    most = sorted(seen.norms, key=lambda lora: -seen.norms[lora][-1])[:5]
-    for lora in most:
-        say(f"{seen.norms[lora][-1]:.4g}  {seen.blocks[lora]:<8} {lora}")
-
-
-VERBS = (chop, track)
+VERBS = (chop,)
