@@ -255,3 +255,31 @@ def test_a_full_change_stays_full_where_factors_would_be_larger(tmp_path: Path) 
     (entry,) = read_adapter(tmp_path / "out.safetensors").entries.values()
     assert isinstance(entry, Full)
     assert torch.equal(entry.delta, tensors["lora_unet_g.diff"])
+
+
+def test_nothing_is_written_unless_all_of_it_can_be(tmp_path: Path) -> None:
+    source = written(tmp_path, kinds()["linear"])
+    rules = recipes("params=1,thr=-3:params=1,thr=30")
+    with pytest.raises(Refused, match="nothing is left"):
+        resize(source, [(tmp_path / f"{n}.safetensors", rule) for n, rule in enumerate(rules)])
+    with pytest.raises(Refused, match="also the source"):
+        resized(source, cut(2, None, None), source.name, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_mixed_architectures_are_refused(tmp_path: Path) -> None:
+    tensors = pair("lora_unet_input_blocks_8_1_transformer_blocks_3_attn1_to_q",
+                   values(24, 8, seed=1), values(8, 18, seed=2), 8.0)  # fmt: skip
+    tensors |= pair("lora_te_text_model_encoder_layers_0_mlp_fc1",
+                    values(24, 8, seed=3), values(8, 18, seed=4), 8.0)  # fmt: skip
+    with pytest.raises(Refused, match="mixes architectures"):
+        resized(written(tmp_path, tensors), cut(2, None, None))
+
+
+def test_what_leaves_the_range_of_fp16_is_refused(tmp_path: Path) -> None:
+    tensors = pair("lora_unet_a", values(24, 8, seed=1) * 3e4, values(8, 18, seed=2) * 3e4, 8.0)
+    source = written(tmp_path, tensors)
+    (recipe,) = recipes("params=1,thr=-3,rescale=100")
+    with pytest.raises(Refused, match="--dtype fp32"):
+        resized(source, recipe, dtype="F16")
+    assert resized(source, recipe, dtype="F32").modules == 1

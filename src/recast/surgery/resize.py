@@ -21,8 +21,11 @@ from recast.adapter.pairs import Pair, commonest
 from recast.adapter.places import read_site, refuse_residual
 from recast.adapter.rebuild import CONTENT_HASHES
 from recast.checkpoint import Checkpoint
+from recast.commit import refuse_target
 from recast.errors import Refused
 from recast.layout import detect
+from recast.layout.peft import CONFIG
+from recast.surgery.blocks import architecture
 from recast.surgery.guard import refuse_other_base, refuse_principal
 from recast.surgery.norms import NORMS, norms
 from recast.surgery.pieces import Piece, others, pieces, placed, spread
@@ -47,6 +50,31 @@ class Resized:
     ranks: tuple[int, ...]
     error: float
     lowest: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """An open adapter, its modules measured, and how results are written.
+
+    loose: module and suffix of norms and biases, which have no rank.
+    """
+
+    source: Path
+    raw: Raw
+    measured: Sequence[Measured]
+    loose: Sequence[tuple[str, str]]
+    form: str
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Indices of the directions that stay, by module, the header, and the lowest score."""
+
+    kept: Sequence[Tensor]
+    about: Mapping[str, str]
+    rescale: float
+    lowest: float | None
 
 
 @dataclass(frozen=True)
@@ -82,13 +110,19 @@ def resize(
         layout = detect(base)
     with open_raw(source, layout) as raw:
         refuse_principal(source, raw.metadata)
+        if raw.plan is None:
+            architecture(raw.modules, raw.metadata, str(source))
+        shape = form or raw.form
+        for out, _ in outs:
+            target = out / CONFIG if shape == "peft" else out
+            refuse_target(target, force=force, sources=[] if source.is_dir() else [source])
         found = pieces(source, raw)
         if not found:
             raise Refused(f"{source} changes no matrix, so there is no rank to lower.")
         measured = _measure(source, found, [rule for _, rule in outs], base, any_base, cache, raw)
-        made = [_write(source, raw, measured, out, rule, form or raw.form, dtype, force)
-                for out, rule in outs]  # fmt: skip
-    return made
+        job = Job(source, raw, measured, list(others(raw, found)), shape, dtype)
+        choices = [(out, _choose(job, rule)) for out, rule in outs]  # all, before any is written
+        return [_write(job, choice, out, force) for out, choice in choices]
 
 
 def _measure(
@@ -132,68 +166,58 @@ def _measure(
     return list(spread(one, found.values()))
 
 
-def _write(
-    source: Path,
-    raw: Raw,
-    measured: Sequence[Measured],
-    out: Path,
-    rule: Cut | Recipe,
-    form: str,
-    dtype: str | None,
-    force: bool,
-) -> Resized:
-    loose = list(others(raw, {m.piece.lora: m.piece for m in measured}))
-    rescale = 1.0 if isinstance(rule, Cut) else rule.rescale
-    about = _about(raw.metadata, rule, measured)
-    kept, lowest = _chosen(measured, rule, dtype, form, about, raw, loose)
-    chosen = [(m, k) for m, k in zip(measured, kept, strict=True) if len(k)]
-    if not chosen and not loose:
+def _choose(job: Job, rule: Cut | Recipe) -> Choice:
+    """What a rule leaves; raises Refused where that is nothing."""
+    about = _about(job.raw.metadata, rule, job.measured)
+    lowest = None
+    if isinstance(rule, Cut):
+        counts = [rule.kept(m.singular, m.piece.short, conv=m.piece.conv) for m in job.measured]
+        kept = [torch.arange(count) for count in counts]
+    else:
+        scores = [rule.score(m.singular, m.facts, m.overlap) for m in job.measured]
+        kept = _by_score(job, rule, scores, about)
+        seen = [float(score[k].min()) for score, k in zip(scores, kept, strict=True) if len(k)]
+        lowest = min(seen, default=None)
+    if not job.loose and not any(len(indices) for indices in kept):
         raise Refused(
-            f"nothing is left of {source} by {_text(rule)}: lower the threshold, or allow more."
+            f"nothing is left of {job.source} by {_text(rule)}: lower the threshold, or allow more."
         )
-    whole = [m for m, k in chosen if _as_it_is(m.piece, k)]
-    low = [(m.piece, k) for m, k in chosen if not _as_it_is(m.piece, k)]
-    alpha = float(commonest(len(k) for _, k in low)) if low else 1.0
+    return Choice(kept, about, 1.0 if isinstance(rule, Cut) else rule.rescale, lowest)
+
+
+def _by_score(
+    job: Job, recipe: Recipe, scores: Sequence[Tensor], about: Mapping[str, str]
+) -> list[Tensor]:
+    """Indices of the directions that score enough, or that fit best into the size."""
+    if recipe.size is None:
+        assert recipe.thr is not None
+        return [(score >= recipe.thr).nonzero().flatten() for score in scores]
+    found = [m.piece for m in job.measured]
+    orders = [recipe.rank_by(s, piece.numbers) for s, piece in zip(scores, found, strict=True)]
+    extra = sum(job.raw.modules[lora][suffix].nbytes for lora, suffix in job.loose)
+    return within_size(found, orders, recipe.size, job.dtype, job.form, about, extra)
+
+
+def _write(job: Job, choice: Choice, out: Path, force: bool) -> Resized:
+    both = list(zip((m.piece for m in job.measured), choice.kept, strict=True))
+    chosen = [(piece, kept) for piece, kept in both if len(kept)]
+    whole = [piece for piece, kept in chosen if _as_it_is(piece, kept)]
+    low = [(piece, kept) for piece, kept in chosen if not _as_it_is(piece, kept)]
+    alpha = float(commonest(len(kept) for _, kept in low)) if low else 1.0
 
     def one(item: tuple[Piece, Tensor]) -> tuple[str, Pair]:
-        piece, indices = item
-        return piece.lora, _pair(piece, indices, alpha, rescale, dtype)
+        piece, kept = item
+        return piece.lora, _pair(piece, kept, alpha, choice.rescale, job.dtype)
 
-    full = {f"{m.piece.lora}.diff": m.piece.tensors["diff"] for m in whole}
-    full |= {f"{lora}.{suffix}": raw.modules[lora][suffix] for lora, suffix in loose}
-    full = {name: _cast(tensor, rescale, dtype) for name, tensor in full.items()}
-    files = write_pairs(out, form, dict(spread(one, low)), full, about, raw.plan, source,
-                        force=force)  # fmt: skip
-    gone = tuple(m.piece.lora for m, k in zip(measured, kept, strict=True) if not len(k))
-    ranks = tuple(len(indices) for _, indices in low)
-    return Resized(tuple(files), len(chosen), gone, ranks, _error(measured, kept), lowest)
-
-
-def _chosen(
-    measured: Sequence[Measured],
-    rule: Cut | Recipe,
-    dtype: str | None,
-    form: str,
-    about: Mapping[str, str],
-    raw: Raw,
-    loose: Sequence[tuple[str, str]],
-) -> tuple[list[Tensor], float | None]:
-    """Indices of the directions that stay, by module; and the lowest score, of a recipe."""
-    if isinstance(rule, Cut):
-        counts = [rule.kept(m.singular, m.piece.short, conv=m.piece.conv) for m in measured]
-        return [torch.arange(count) for count in counts], None
-    scores = [rule.score(m.singular, m.facts, m.overlap) for m in measured]
-    if rule.size is None:
-        assert rule.thr is not None
-        kept = [(score >= rule.thr).nonzero().flatten() for score in scores]
-    else:
-        orders = [rule.rank_by(s, m.piece.numbers) for s, m in zip(scores, measured, strict=True)]
-        extra = sum(raw.modules[lora][suffix].nbytes for lora, suffix in loose)
-        kept = within_size(
-            [m.piece for m in measured], orders, rule.size, dtype, form, about, extra
-        )
-    seen = [float(score[k].min()) for score, k in zip(scores, kept, strict=True) if len(k)]
-    return kept, min(seen, default=None)
+    full = {f"{piece.lora}.diff": piece.tensors["diff"] for piece in whole}
+    full |= {f"{lora}.{suffix}": job.raw.modules[lora][suffix] for lora, suffix in job.loose}
+    full = {name: _cast(tensor, choice.rescale, job.dtype) for name, tensor in full.items()}
+    files = write_pairs(out, job.form, dict(spread(one, low)), full, choice.about, job.raw.plan,
+                        job.source, force=force)  # fmt: skip
+    gone = tuple(piece.lora for piece, kept in both if not len(kept))
+    ranks = tuple(len(kept) for _, kept in low)
+    error = _error(job.measured, choice.kept)
+    return Resized(tuple(files), len(chosen), gone, ranks, error, choice.lowest)
 
 
 def _as_it_is(piece: Piece, kept: Tensor) -> bool:
@@ -207,7 +231,12 @@ def _pair(piece: Piece, kept: Tensor, alpha: float, rescale: float, dtype: str |
     up, down, _ = piece.factors()
     made = piece.core().factors(up, down, kept, rescale * len(kept) / alpha)
     form = DTYPES[dtype or piece.dtype]
-    return Pair(made.up.to(form), made.down.to(form), alpha)
+    found = Pair(made.up.to(form), made.down.to(form), alpha)
+    if not (torch.isfinite(found.up).all() and torch.isfinite(found.down).all()):
+        raise Refused(
+            f"{piece.path}: {piece.lora} leaves the range of its dtype; write it with --dtype fp32."
+        )
+    return found
 
 
 def _cast(tensor: Tensor, rescale: float, dtype: str | None) -> Tensor:
