@@ -37,6 +37,11 @@ def check(layout: Layout, job: Job) -> None:
     wanted = sources_of(job)
     if not trains_text(layout, job.recipe):
         return
+    if job.measure:
+        raise Refused(
+            f"train.profile {job.recipe.train.profile!r} names text encoders, and a conversion's "
+            "report is about the UNet alone: leave them out, or take recast train."
+        )
     if wanted.images is None or wanted.dreams is not None:
         raise Refused(
             "text encoders learn from the captions of images: give --images and set data.source "
@@ -46,10 +51,6 @@ def check(layout: Layout, job: Job) -> None:
         raise Refused(
             "text encoders learn from the images alone: set target.teacher to data, or leave them "
             f"out of train.profile {job.recipe.train.profile!r}."
-        )
-    if job.measure:
-        raise Refused(
-            "a conversion's report is about the UNet alone: train text encoders with recast train."
         )
 
 
