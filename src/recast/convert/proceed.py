@@ -47,7 +47,7 @@ def weights_of(job: Job) -> Path | None:
     return Path(named) if named else None
 
 
-def check(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
+def check(checkpoint: Checkpoint, layout: Layout, job: Job, objective: str) -> None:
     """Refuse an adapter of another base or that this network cannot go on from."""
     path = weights_of(job)
     if path is None:
@@ -63,6 +63,12 @@ def check(checkpoint: Checkpoint, layout: Layout, job: Job) -> None:
                 f"{checkpoint.path} is {checkpoint.sha256()[:12]}: give the checkpoint it was "
                 "made for, or --far."
             )
+    learnt = found.metadata.get("recast.objective", objective)
+    if learnt != objective and not job.far:
+        raise Refused(
+            f"a network with {path} predicts {learnt}, and {objective} is trained here: give an "
+            "adapter of that objective, or --far."
+        )
     places(checkpoint, found.entries)
     if kind_of(job.recipe) == "principal":
         partner(path, found)
