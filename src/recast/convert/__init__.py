@@ -112,7 +112,7 @@ def prepare(
     checks.check_recipe(job, checkpoint)
     start.check(checkpoint, job, source, objective)
     texts.check(layout, job)
-    proceed.check(checkpoint, layout, job)
+    proceed.check(checkpoint, layout, job, objective)
     vae = exchange.check(checkpoint, job)
     images = sources_of(job).images
     skipped = skips_broken(job)
