@@ -44,9 +44,9 @@ def page(seen: Explored, plan: Plan, energies: dict[str, float | None], name: st
         setting=seen.setting,
         count=len(seen.setting.prompts),
         rows=rows,
-        none=_strip(seen.none.pictures),
+        bare=_strip(seen.none.pictures),
         whole=_strip(seen.whole.pictures),
-        none_likeness=seen.none.likeness,
+        bare_likeness=seen.none.likeness,
         chosen=seen.chosen,
         chosen_picture=_strip(seen.chosen_seen.pictures) if seen.chosen_seen else "",
         chosen_likeness=seen.chosen_seen.likeness if seen.chosen_seen else math.nan,
@@ -69,7 +69,7 @@ def _row(
     known = [value for m in group.modules if (value := energies[m.spot.lora]) is not None]
     return {
         "name": group.name,
-        "modules": len(group.modules),
+        "modules": f"{len(group.modules)} module{'s' * (len(group.modules) > 1)}",
         "bytes": amount(group.bytes),
         "energy": 100 * sum(known) / whole if known and whole else None,
         "ticked": group.name in seen.chosen,
