@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.adapter import loaders
 from tests.convert import command
 from tests.convert.test_convert_training import Memory, conditions
 from tests.convert.test_convert_training import recipe as short
@@ -22,7 +23,7 @@ from recast.adapter import (
     read_adapter,
     write_adapter,
 )
-from recast.adapter.decompose import decompose
+from recast.adapter.decompose import decompose, zeros_full
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.folder import Folder, Stopped
@@ -104,6 +105,40 @@ def test_what_reads_the_captions_is_trained_and_nothing_else(model: Model, finis
     assert all(entry.up.any() for entry in found.values())
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("tool", ["lycoris", "diffusers", "peft"])
+def test_other_loaders_answer_as_the_model_that_was_written(
+    tool: str, home: Path, finished: Path, tmp_path: Path
+) -> None:
+    """The merged model is fp16, its LoRA was rounded once, so they agree to fp16."""
+    file = finished / "lora.safetensors"
+    with (
+        Checkpoint(home / "sdxl.safetensors") as before,
+        Checkpoint(finished / "model.safetensors") as after,
+    ):
+        layout = detect(before)
+        if tool == "peft":
+            export(file, tmp_path / "peft", "peft", layout=layout)
+        names = read_adapter(file).entries.keys()
+        sites = [site for site in layout.sites("every") if entry_name(site) in names]
+        for part in ("unet", "te1", "te2"):
+            net = loaders.network(before, part)
+            untrained = loaders.answer(net, layout, part)
+            if tool == "lycoris":
+                count = loaders.by_lycoris(net, file, part, sites)
+            elif tool == "peft":
+                net, count = loaders.by_peft(net, tmp_path / "peft", part)
+            else:
+                count = loaders.by_diffusers(net, file, part, "sdxl")
+            assert count == sum(site.part == part for site in sites)
+            wanted = loaders.answer(loaders.network(after, part), layout, part)
+            found = loaders.answer(net, layout, part)
+            moved = (wanted - untrained).norm()
+            assert moved > 1e-3 * wanted.norm(), part
+            assert (found - wanted).norm() < 2e-3 * wanted.norm(), part
+            assert (found - wanted).norm() < 0.2 * moved, part
+
+
 def state(out: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(out / "state" / f"step{step:08d}" / "parameters.safetensors")
 
@@ -113,6 +148,24 @@ def test_text_encoders_stop_where_they_are_told(finished: Path) -> None:
     moved = {name for name in second if not torch.equal(second[name], third[name])}
     assert moved == {name for name in second if name.startswith("lora_unet")}
     assert any(name.startswith("lora_te2") and t.any() for name, t in second.items())
+
+
+@pytest.mark.parametrize("profile", ["TE2.L00,TE2.PROJ", "TE1.EMB,TE1.L00", "OUT08,TE2.NORM"])
+def test_whole_blocks_are_trained_with_norms_biases_and_embeddings(
+    model: Model, profile: str
+) -> None:
+    how = override(load("train"), network={"kind": "full"}, train={"profile": profile})
+    sites = sites_of(model.layout, how)
+    attached = put_in(model, Start(zeros_full(model.checkpoint, sites), sites), how)
+    try:
+        assert len(attached.parameters()) == len(sites)
+        found = current(model, Told(("a red kite",), model.condition(["a red kite"])))
+        answer = model.net(found)(torch.ones(1, 4, 8, 8), torch.tensor([0.3]))
+        answer.square().sum().backward()
+        still = {name for name, p in attached.named().items() if p.grad is None or not p.grad.any()}
+        assert still <= {name for name in still if "k_proj" in name and name.endswith("diff_b")}
+    finally:
+        attached.detach()
 
 
 def test_times_of_text_encoders() -> None:
@@ -222,7 +275,7 @@ def job_from(model: Model, folder: Path, weights: Path, profile: str, **network:
 def began(model: Model, folder: Path, job: Job) -> Start:
     """The start of a job, from its own files the second time."""
     folder.mkdir(exist_ok=True)
-    check_start(model.checkpoint, model.layout, job)
+    check_start(model.checkpoint, model.layout, job, "eps")
     for _ in range(2):
         events = proceed(model.checkpoint, model.layout, Folder(folder, "run"), job)
         try:
@@ -328,7 +381,7 @@ def test_principal_factors_of_another_run_go_on(model: Model, tmp_path: Path) ->
         model, tmp_path / "run", tmp_path / "adapter.safetensors", profile, kind="principal"
     )
     with pytest.raises(Refused, match=r"put that run's initial\.safetensors beside it"):
-        check_start(model.checkpoint, model.layout, job)
+        check_start(model.checkpoint, model.layout, job, "eps")
     write_adapter(tmp_path / "initial.safetensors", initial)
     start = began(model, tmp_path / "run", job)
     attached = put_in(model, start, job.recipe)
@@ -350,6 +403,10 @@ REFUSED = {
         "other shapes .* first lora_unet_out",
     ),
     "other-names": (lambda m, f: strange(made_elsewhere(m, f)), "no place .* lora_unet_nowhere"),
+    "other-objective": (
+        lambda m, f: stated(made_elsewhere(m, f), "recast.objective", "flow"),
+        "predicts flow, and eps is trained here",
+    ),
     "principal": (
         lambda m, f: stated(made_elsewhere(m, f), "recast.role", "pissa-init"),
         "initial",
@@ -380,10 +437,10 @@ def test_an_adapter_for_another_base_is_refused(model: Model, fault: str, tmp_pa
     make, words = REFUSED[fault]
     job = job_from(model, tmp_path / "run", make(model, tmp_path), "OUT08")
     with pytest.raises(Refused, match=words) as refusal:
-        check_start(model.checkpoint, model.layout, job)
+        check_start(model.checkpoint, model.layout, job, "eps")
     assert "\n" not in str(refusal.value)
-    if "hash" in fault:
-        check_start(model.checkpoint, model.layout, replace(job, far=True))
+    if "hash" in fault or fault == "other-objective":
+        check_start(model.checkpoint, model.layout, replace(job, far=True), "eps")
 
 
 COMMANDS = {
