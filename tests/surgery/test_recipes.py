@@ -17,6 +17,7 @@ from recast.errors import Refused
 from recast.layout import Site, detect
 from recast.surgery.norms import norms
 from recast.surgery.resize import Resized, resize
+from recast.surgery.rules import cut
 from recast.surgery.scores import Recipe, foremost, leading, recipes
 
 RANK = 6
@@ -198,3 +199,43 @@ def test_scores_want_the_checkpoint_that_the_file_names(
     one = tiny.checkpoint(tmp_path / "one.safetensors", "sd15")
     with Checkpoint(one) as stranger, pytest.raises(Refused, match=r"of \d+ modules of"):
         resize(lora, [(out, recipe)], base=stranger, force=True)
+
+
+@pytest.mark.parametrize("on_output", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_dora_becomes_the_lora_of_its_change(
+    kind: str, on_output: bool, files: tuple[Checkpoint, Path, list[Site]], tmp_path: Path
+) -> None:
+    """LyCORIS' own merged weight, minus the base's: all of it at full rank, its best part below."""
+    from lycoris.modules.locon import LoConModule
+
+    base, _, sites = files
+    site = next(s for s in sites if s.kind == kind and s.rows is None and s.shape[0] != s.shape[1])
+    out, into = site.shape[:2]
+    layer: torch.nn.Module = torch.nn.Linear(into, out)
+    if kind == "conv":
+        layer = torch.nn.Conv2d(into, out, site.shape[2:], padding=1)
+    torch.manual_seed(0)
+    layer.weight.data = base[site.key].float()
+    module = LoConModule(site.lora, layer, 1.0, 4, 2.0, weight_decompose=True, wd_on_out=on_output)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    merged = module.get_merged_weight()[0].detach()
+    state = {
+        f"{site.lora}.{key}": tensor.contiguous()
+        for key, tensor in module.state_dict().items()
+        if not key.startswith("org")
+    }
+    save_file(state, tmp_path / "dora.safetensors")
+    exact = (merged - layer.weight.data).flatten(1).double()
+    for rank in (2, 6):
+        cut_to = tmp_path / f"{rank}.safetensors"
+        resize(
+            tmp_path / "dora.safetensors", [(cut_to, cut(rank, None, None))], base=base, dtype="F32"
+        )
+        (entry,) = read_adapter(cut_to).entries.values()
+        singular = torch.linalg.svdvals(exact)
+        error = (entry.dense().flatten(1) - exact).norm()
+        assert abs(error - singular[rank:].norm()) < 1e-5 * exact.norm()
+    with pytest.raises(Refused, match=r"are DoRA, .* --model"):
+        resize(tmp_path / "dora.safetensors", [(tmp_path / "x.safetensors", cut(2, None, None))])

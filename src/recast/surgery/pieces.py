@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -12,22 +12,32 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from recast.adapter.formats import Raw, Tensors, plain_factors
+from recast.adapter.formats import (
+    FULL_SUFFIXES,
+    LOW_RANK_SUFFIXES,
+    Raw,
+    Tensors,
+    plain_factors,
+)
 from recast.errors import Refused
 from recast.layout import Site
+from recast.layout.loras import foreign
+from recast.surgery.dora import baked
 from recast.surgery.thin import Core, core
 
 A = TypeVar("A")
 B = TypeVar("B")
+DORA = "dora_scale"
+KNOWN = {*LOW_RANK_SUFFIXES, *FULL_SUFFIXES, DORA}
 HELD = 128  # rank up to which a core is kept and not computed again; 256 kB
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One module's change of a matrix or convolution: factors, with or without a Tucker core, or
-    full.
+    """One module's change of a matrix or convolution: factors, Tucker, full, or DoRA.
 
-    shape is that of the change, dtype the file's. singular: falling; None before `measured`.
+    shape is that of the change, dtype the file's. full: there are no thin factors. weight reads
+    what DoRA changes. singular: falling; None before `measured`.
     """
 
     path: Path
@@ -36,6 +46,7 @@ class Piece:
     shape: tuple[int, ...]
     dtype: str
     full: bool
+    weight: Callable[[], Tensor] | None = None
     held: Core | None = None
     singular: Tensor | None = None
 
@@ -57,14 +68,27 @@ class Piece:
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """up (O, r), down (r, I[, kh, kw]) and their scale; a full change has a unit factor."""
         if not self.full:
-            up, down = plain_factors(self.path, self.lora, self.tensors)
-            alpha = self.tensors.get("alpha")
-            return up, down, 1.0 if alpha is None else alpha.double().item() / len(down)
-        delta = self.tensors["diff"]
+            return self._thin()
+        delta = self.delta()
         unit = torch.eye(self.short, dtype=torch.float64)
         if self.short == len(delta):
             return unit, delta, 1.0
         return delta.flatten(1), unit.reshape(self.short, *self.shape[1:]), 1.0
+
+    def delta(self) -> Tensor:
+        """The change of a full piece; DoRA's in fp64."""
+        if "diff" in self.tensors:
+            return self.tensors["diff"]
+        assert self.weight is not None
+        up, down, scale = self._thin()
+        weight = self.weight()
+        change = scale * (up.double() @ down.double().flatten(1)).reshape(weight.shape)
+        return baked(weight, change, self.tensors[DORA]).reshape(self.shape)
+
+    def _thin(self) -> tuple[Tensor, Tensor, float]:
+        up, down = plain_factors(self.path, self.lora, self.tensors)
+        alpha = self.tensors.get("alpha")
+        return up, down, 1.0 if alpha is None else alpha.double().item() / len(down)
 
     def core(self) -> Core:
         """The core of the factors."""
@@ -77,20 +101,29 @@ class Piece:
         """With its singular values, and the core where that is small."""
         found = self.core()
         held = found if len(found.left) <= HELD else None
-        return Piece(self.path, self.lora, self.tensors, self.shape, self.dtype, self.full,
-                     held, found.singular)  # fmt: skip
+        return replace(self, held=held, singular=found.singular)
 
 
 def pieces(path: Path, raw: Raw) -> dict[str, Piece]:
-    """The pieces of an open adapter by kohya's names; norms and biases are none."""
+    """The pieces of an open adapter by kohya's names; norms and biases are none.
+
+    Raises Refused for other parametrizations than DoRA, which have no factors.
+    """
     found = {}
     for lora, tensors in raw.modules.items():
         assert isinstance(tensors, Tensors)
+        if strange := sorted(tensors.keys() - KNOWN):
+            kind = foreign(tensors.keys_in_file[strange[0]])
+            raise Refused(
+                f"{path}: {lora} is {kind[1] if kind else strange[0]}, which has no factors to "
+                "cut; merge the file into its checkpoint with the tool that made it and take "
+                "recast extract --tuned."
+            )
         full = "diff" in tensors and len(tensors.spec("diff").shape) > 1
         if full or "lora_up.weight" in tensors:
             spec = tensors.spec("diff" if full else "lora_down.weight")
             shape = spec.shape if full else _shape(tensors)
-            found[lora] = Piece(path, lora, tensors, shape, spec.dtype, full)
+            found[lora] = Piece(path, lora, tensors, shape, spec.dtype, full or DORA in tensors)
     return found
 
 

@@ -8,7 +8,8 @@ held is the result, in its own dtype. Modules of which nothing is left are not w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ from recast.layout.peft import CONFIG
 from recast.surgery.blocks import architecture
 from recast.surgery.guard import refuse_other_base, refuse_principal
 from recast.surgery.norms import NORMS, norms
-from recast.surgery.pieces import Piece, others, pieces, placed, spread
+from recast.surgery.pieces import DORA, Piece, others, pieces, placed, spread
 from recast.surgery.rules import Cut
 from recast.surgery.scores import OF_BASE, Recipe
 from recast.surgery.sizes import within_size
 from recast.surgery.thin import overlaps
 
+TENSORS = ("kohya", "comfy")  # formats with one alpha for a file; the others have scale 1
 OWN = ("recast.alpha", "recast.rank", "recast.energy", "recast.rank_rule", "recast.resize")
 
 
@@ -108,7 +110,7 @@ def resize(
     if base is not None:
         refuse_residual(base)
         layout = detect(base)
-    with open_raw(source, layout) as raw:
+    with open_raw(source, layout, strangers=True) as raw:
         refuse_principal(source, raw.metadata)
         if raw.plan is None:
             architecture(raw.modules, raw.metadata, str(source))
@@ -143,24 +145,31 @@ def _measure(
             f"{', '.join(sorted(asked))} of the recipe is about the checkpoint: give it with "
             "--model."
         )
+    dora = [lora for lora, piece in found.items() if DORA in piece.tensors]
+    if dora and base is None:
+        raise Refused(
+            f"{len(dora)} modules of {source} are DoRA, first {dora[0]}, whose change depends on "
+            "the weights it is made to: give the checkpoint with --model."
+        )
     sites = {}
     tables: dict[str, dict[str, float]] = {}
     if base is not None:
         sites = placed(source, found, detect(base).sites("every"), str(base.path))
-        if asked and not any_base:
+        if (asked or dora) and not any_base:
             refuse_other_base(source, raw.metadata, base)
         tables = {name: norms(base, sites, name, cache) for name in NORMS if name in asked}
 
     def one(piece: Piece) -> Measured:
+        if base is not None:
+            piece = replace(piece, weight=partial(read_site, base, sites[piece.lora]))
         ready = piece.measured()
         assert ready.singular is not None
         facts = {name: table[piece.lora] for name, table in tables.items()}
         overlap = None
         if "subspace" in asked:
-            assert base is not None
+            assert piece.weight is not None
             up, down, _ = piece.factors()
-            weight = read_site(base, sites[piece.lora])
-            overlap = overlaps(weight, up, down, ready.core())
+            overlap = overlaps(piece.weight(), up, down, ready.core())
         return Measured(ready, ready.singular, {**facts, "params": float(piece.numbers)}, overlap)
 
     return list(spread(one, found.values()))
@@ -207,9 +216,10 @@ def _write(job: Job, choice: Choice, out: Path, force: bool) -> Resized:
 
     def one(item: tuple[Piece, Tensor]) -> tuple[str, Pair]:
         piece, kept = item
-        return piece.lora, _pair(piece, kept, alpha, choice.rescale, job.dtype)
+        mine = alpha if job.form in TENSORS else float(len(kept))
+        return piece.lora, _pair(piece, kept, mine, choice.rescale, job.dtype)
 
-    full = {f"{piece.lora}.diff": piece.tensors["diff"] for piece in whole}
+    full = {f"{piece.lora}.diff": piece.delta().to(DTYPES[piece.dtype]) for piece in whole}
     full |= {f"{lora}.{suffix}": job.raw.modules[lora][suffix] for lora, suffix in job.loose}
     full = {name: _cast(tensor, choice.rescale, job.dtype) for name, tensor in full.items()}
     files = write_pairs(out, job.form, dict(spread(one, low)), full, choice.about, job.raw.plan,
