@@ -154,6 +154,9 @@ def readout_arms() -> dict[str, Arm]:
     found["xl/mix-target-t"] = Arm(
         "on images, the data's share rising from t = .8", {**images, "teacher": "mix", "mix": late}
     )
+    found["15/fallback"] = Arm(
+        "fallback above the range", {"above": "fallback"}, model="pocket-15", seeds=2
+    )
     found["xl/fallback"] = Arm("fallback above the range", {**STEPS, "above": "fallback"})
     found["xl/amplification"] = Arm("amplification weighed", {**STEPS, "control": True})
     found["xl/dreams"] = Arm(

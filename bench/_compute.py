@@ -17,7 +17,7 @@ Row = dict[str, Any]
 def compute(job: Job) -> Row:
     """Forward-equivalents of the arm: those of its training steps, and of making its pictures."""
     from recast.checkpoint import Checkpoint
-    from recast.convert.sources import sources_of
+    from recast.convert.sources import pictures_of, sources_of
     from recast.markers import read_objective
 
     how, data = job.recipe.train, job.recipe.data
@@ -29,7 +29,7 @@ def compute(job: Job) -> Row:
         dearer, cheaper = step, operations(job, source, replay=True)[1]
         step = data.mix_share * dearer + (1 - data.mix_share) * cheaper
     steps = taken(job.out)
-    dreamt = data.pictures * data.replay_steps * 2 if given.dreams else 0
+    dreamt = pictures_of(job) * data.replay_steps * 2 if given.dreams else 0
     trained = steps * how.batch * how.accumulate * step / one
     return {
         "forwards": round(trained + dreamt), "step": round(step / one, 3), "steps": steps,
