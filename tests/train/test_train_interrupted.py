@@ -71,7 +71,7 @@ def test_a_full_disk_at_any_moment_of_a_save_leaves_the_state_before(
         before.append(found.step)
     assert sorted(before) == before
     assert before.count(1) > 10
-    assert before.count(2) < 3  # syncing the folder that it lies in already
+    assert before.count(2) < 5  # syncing the folder that it lies in already
     assert found.step == 2
     again = Run("saveus", torch.float32, True)
     again.load(latest(tmp_path).path)

@@ -76,7 +76,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     """Refuse what a recipe's own check cannot see: solver, optimizer arguments, prompts, sizes."""
     import torch
 
-    from recast.convert import prompted
+    from recast.convert import budget, prompted, running
     from recast.convert.fixed import previews, validates
     from recast.convert.sources import dream_plan, sources_of
     from recast.evaluate.judges import judge_kind
@@ -92,10 +92,10 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     find_solver(recipe.watch.preview_solver or recipe.evaluate.solver)
     prompted.check(recipe)
     check_base(recipe.train.base, job.device)
-    build(
-        recipe.train.optimizer, [torch.zeros(1, requires_grad=True)], lr=recipe.train.lr,
-        **recipe.train.optimizer_args,
-    )  # fmt: skip
+    running.check(recipe, job.device)
+    budget.check(recipe, images=sources_of(job).images is not None)
+    one = torch.zeros(1, device=job.device, requires_grad=True)
+    build(recipe.train.optimizer, [one], lr=recipe.train.lr, **recipe.train.optimizer_args)
     for folder in recipe.evaluate.judges:
         judge_kind(Path(folder))
     if recipe.train.steps == "auto" and not validates(recipe):

@@ -94,6 +94,9 @@ def check(recipe: Recipe, device: str) -> None:
         )
     if how.masters == "bf16" and how.ema:
         raise Refused("train.ema keeps fp32 copies of what train.masters bf16 halves: drop one.")
+    if how.channels_last and torch.device(device).type == "cpu":
+        # torch 2.13's group norm crashes there, going back over an input without gradients
+        raise Refused("train.channels_last is a layout for GPUs: leave it out on a CPU.")
     if how.compile and (fault := uncompilable(device)):
         raise Refused(f"train.compile: torch.compile does not run on {device} ({fault}).")
 
