@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "recast"
 LAYERS = {
     **dict.fromkeys(["errors", "events"], 0.0),
-    **dict.fromkeys(["disk", "header", "subspace"], 0.1),
+    **dict.fromkeys(["disk", "header", "processes", "subspace"], 0.1),
     "commit": 0.15,
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
     **dict.fromkeys(["markers", "quantise", "timesteps", "weighting"], 0.3),

@@ -18,10 +18,13 @@ from recast import (
     cli_run,
     cli_surgery,
     cli_track,
+    processes,
 )
 from recast.commit import FULL
 from recast.console import ERR
-from recast.errors import NoRoom, RecastError
+from recast.errors import NoRoom, RecastError, Refused
+
+SHARED = ("train", "convert")
 
 app = typer.Typer(
     name="recast",
@@ -64,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given = [word for word in arguments if word != "--debug"]  # it may stand anywhere
     try:
+        shared(given)
         app(args=given)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -71,8 +75,23 @@ def main(arguments: list[str] | None = None) -> None:
         if len(given) < len(arguments):
             raise
         code, sentence = told(error)
+        if not processes.leave(code):  # another process has said why
+            sys.exit(code)
         ERR.print(f"recast: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(code)
+
+
+def shared(words: list[str]) -> None:
+    """Meet the other processes of a launch; refuses verbs that several cannot share."""
+    if not processes.several():
+        return
+    verb = next((word for word in words if not word.startswith("-")), "")
+    processes.join()
+    if verb not in SHARED:
+        raise Refused(
+            f"{processes.count()} processes can share {' and '.join(SHARED)}: run recast {verb} "
+            "without a launcher."
+        )
 
 
 def told(error: Exception) -> tuple[int, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from recast import processes
 from recast.errors import Refused
 
 Model = Annotated[
@@ -81,7 +82,9 @@ def device_of(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return f"cuda:{processes.local()}" if processes.several() else "cuda"
+        return "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

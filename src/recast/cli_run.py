@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recast import console
+from recast import console, processes
 from recast.cli_common import (
     Base,
     Device,
@@ -102,6 +102,8 @@ def convert(
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
+    if not processes.first():
+        return
     if folder:
         from recast.model.folder import write_beside
 
@@ -190,6 +192,8 @@ def train(
     )  # fmt: skip
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
+    if not processes.first():
+        return
     files = {p.stem: str(p) for p in sorted(out.glob("*.safetensors"))}
     if json:
         console.emit(files)

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from recast import processes
 from recast.events import Event, Measured, Note, Stage, Tick
 
 OUT = Console()
@@ -62,7 +63,11 @@ def _bar() -> Progress:
 
 
 def follow(events: Iterable[Event]) -> None:
-    """Run `events` to their end, showing what they say on stderr."""
+    """Run `events` to their end; the first process of a run shows what they say on stderr."""
+    if not processes.first():
+        for _ in events:
+            pass
+        return
     if ERR.is_terminal:
         _follow_bar(events)
     else:
@@ -137,8 +142,9 @@ def stoppable() -> Iterator[Callable[[], int]]:
         if asked:
             raise SystemExit(128 + number)
         asked = number
-        # not through sys.stderr, which the main program may be in the middle of
-        os.write(2, b"stopping after this step (again to leave at once)\n")
+        if processes.first():
+            # not through sys.stderr, which the main program may be in the middle of
+            os.write(2, b"stopping after this step (again to leave at once)\n")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in numbers}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recast import processes
 from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
 from recast.convert.folder import Folder, Stopped, check_claim, claim
@@ -69,8 +70,14 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     Raises Refused for bad input and NoRoom before anything is written, Diverged when training is
     lost, Stopped once `stopped` returns a signal.
     """
+    from recast.convert.assist import assist, widened
     from recast.convert.files import write_files
 
+    processes.join()
+    job, stopped = widened(job), processes.passed_on(stopped)
+    if not processes.first():
+        yield from assist(job, stopped)
+        return
     with open_checkpoint(job.model) as checkpoint:
         source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):
@@ -84,6 +91,7 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
             else:
                 yield from train_stage(checkpoint, folder, job, source, objective, stopped)
             yield from write_files(checkpoint, folder, job, source, objective)
+            processes.reached("over")
             if not job.measure:
                 return
             from recast.convert.measure import measure
@@ -100,7 +108,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import checks, exchange, pairs, proceed, start, texts
+    from recast.convert import assist, checks, exchange, pairs, proceed, start, texts
     from recast.convert.material import examples_of
     from recast.convert.sources import skips_broken, sources_of
 
@@ -117,6 +125,8 @@ def prepare(
     images = sources_of(job).images
     skipped = skips_broken(job)
     found = examples_of(images, skip_broken=skipped, recipe=job.recipe) if images else ()
+    if found:
+        assist.check(len(found), "images")
     identity = {**identify(checkpoint, job, source, objective, found), **vae}
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
     checks.check_file(job, identity)
@@ -203,16 +213,20 @@ def train_stage(
     quantiser = quantiser_of(checkpoint, folder, job)
     needed = (*parts(job.recipe), *text_parts(detect(checkpoint), job.recipe))
     model = open_part(checkpoint, job, source, needed, quantiser)
-    if quantiser:
+    if quantiser and processes.first():
         yield from report_base(folder, model, job, next(material.draws(0)), target)
     start = yield from begin(checkpoint, folder, model, job, material, target)
     attached = put_in(model, start, job.recipe)
+    if processes.first():
+        processes.reached("start")
     try:
         trained = yield from learn(
             model, attached, material, job.recipe, target, folder.root, folder.digest, stopped
         )
     finally:
         attached.detach()
+    if not processes.first():
+        return
     write_adapter(place, trained, metadata=about, force=True)
 
 

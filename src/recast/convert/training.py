@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recast import processes
+from recast.convert.assist import along, meet
 from recast.convert.budget import settled
 from recast.convert.course import Course
 from recast.convert.folder import Stopped
@@ -73,7 +76,8 @@ def learn(
         yield from course.resume()
         while True:
             try:
-                yield from follow(course, model, attached, material, objective, stopped)
+                rest = (course, model, attached, material, objective, stopped)
+                yield from (follow if processes.first() else trained_along)(*rest)
                 break
             except NotFinite as error:
                 course = course.rolled_back(error, model, attached, objective)
@@ -93,6 +97,8 @@ def follow(
     """Take the steps that are left, and log, look and save on the way."""
     watch, root = course.watch, course.root
     untrained = None if watch.readings else watch.look(0)
+    if processes.several() and not course.done:
+        processes.told(watch.readings)
     yield Stage("train", watch.end, "steps", course.done)
     steps = course.timed(steps_of(course, model, attached, material, objective))
     with ExitStack() as stack:
@@ -102,6 +108,7 @@ def follow(
             board.write(0, untrained.scalars)
         for step in steps if course.done < watch.end else ():
             looked = course.look(step)
+            signal = meet(course, step, stopped())
             begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
             append(log, record(step) | begun | course.told() | looked.record)
             board.add(step, looked.scalars)
@@ -121,6 +128,19 @@ def follow(
                 break
 
 
+def trained_along(
+    course: Course,
+    model: Model,
+    attached: Attached,
+    material: Material,
+    objective: Objective,
+    stopped: Callable[[], int],
+    *_: object,
+) -> Iterator[Event]:
+    """The same on a process that is not the first: nothing is written."""
+    yield from along(course, steps_of(course, model, attached, material, objective), stopped)
+
+
 def steps_of(
     course: Course, model: Model, attached: Attached, material: Material, objective: Objective
 ) -> Iterator[Step]:
@@ -132,10 +152,10 @@ def steps_of(
     draws = checked(material.draws(course.done, course.beside.aware), objective)
     return train(
         student(model, objective, trunk),
-        shaken(draws, recipe, course.done),
+        islice(shaken(draws, recipe, course.done), processes.rank(), None, processes.count()),
         loss_of(recipe, target, objective, course.beside.learned),
         course.optimizer,
-        accumulate=how.accumulate,
+        accumulate=how.accumulate // processes.count(),
         clip=how.clip or None,
         schedule=lambda done: course.factor * plain(done),
         ema=course.ema,
@@ -144,6 +164,7 @@ def steps_of(
         partner=course.beside.partner,
         scaler=course.scaler,
         move=course.move,
+        team=processes.team(),
     )
 
 

@@ -19,6 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from recast.errors import NotFinite
+from recast.processes import Team
 from recast.train.draws import Draw
 from recast.train.ema import Ema
 from recast.train.loss import Criterion, Student
@@ -74,6 +75,7 @@ def train(
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     scaler: GradScaler | None = None,
     move: Callable[[Optimizer], None] = plainly,
+    team: Team | None = None,
 ) -> Iterator[Step]:
     """Train everything the optimizer holds, `accumulate` draws to a step, until draws run out.
 
@@ -82,10 +84,12 @@ def train(
     the net's forward pass; losses are fp32. `partner` holds what the criterion learns by itself;
     it steps along, unclipped and at its own rate. `backward` is accelerate's when it drives the
     run. `scaler` is for nets in fp16, whose small gradients are 0 otherwise; `move` takes the
-    optimizer's step. Raises NotFinite at the third step in a row that is not finite; then the state
+    optimizer's step. A `team` of processes takes `accumulate` draws each, and the same step on all
+    of them together. Raises NotFinite at the third step in a row that is not finite; then the state
     last saved is the one to go back to.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    also = [p for group in partner.param_groups for p in group["params"]] if partner else []
     device = parameters[0].device.type
     remaining = iter(draws)
     while micro := list(islice(remaining, accumulate)):
@@ -98,9 +102,10 @@ def train(
         )
 
         # gradients
-        shares, losses, weighted = _backward(net, micro, criterion, forward, backward, scaler)
+        seen = _backward(net, micro, criterion, forward, backward, scaler, team, parameters + also)
         scale = _unscale(scaler, optimizer, partner)
         norm = _clip(parameters, clip)
+        shares, losses, weighted, times = (torch.cat(each) for each in zip(*seen, strict=True))
         total = shares.sum().item()
 
         # update
@@ -120,9 +125,8 @@ def train(
                 f"step {done}: loss {total} and gradient norm {norm}, "
                 f"the {skipped}. step in a row that is not finite; lower the learning rate"
             )
-        times = torch.cat([draw.t.detach().float() for draw in micro]).cpu()
         yield Step(
-            done, total, losses.cpu(), times, weighted.cpu(), norm, lr, d, skipped, scale,
+            done, total, losses.cpu(), times.cpu(), weighted.cpu(), norm, lr, d, skipped, scale,
             rates(optimizer),
         )  # fmt: skip
 
@@ -134,22 +138,30 @@ def _backward(
     forward: AbstractContextManager,
     backward: Callable[[Tensor], None],
     scaler: GradScaler | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up the gradients of one step; returns each draw's share of its loss, distance, weighted.
+    team: Team | None,
+    parameters: list[Tensor],
+) -> list[list[Tensor]]:
+    """Add up the gradients of one step; returns each draw's share of its loss, distance, weighted,
+    times.
 
     A draw's own weight evens out its times and is no part of what is told of its samples.
     """
-    shares, losses, weighted = [], [], []
+    found = []
+    count = len(micro) * (team.count if team else 1)
     for draw in micro:
         with forward:
             seen = criterion(net, draw)
         evened = seen.weighted if draw.weight is None else seen.weighted * draw.weight
-        loss = evened.mean() / len(micro)
+        loss = evened.mean() / count
         backward(scaler.scale(loss) if scaler else loss)
-        shares.append(loss.detach())
-        losses.append(seen.distance.detach().float())
-        weighted.append(seen.weighted.detach().float())
-    return torch.stack(shares), torch.cat(losses), torch.cat(weighted)
+        told = (loss[None], seen.distance, seen.weighted, draw.t)
+        found.append([each.detach().float() for each in told])
+        if team:
+            team.take(parameters)
+    if team:
+        team.give(parameters)
+        return team.woven([[each.cpu() for each in told] for told in found])
+    return found
 
 
 def _unscale(scaler: GradScaler | None, *optimizers: Optimizer | None) -> float:

@@ -1,0 +1,89 @@
+"""The part of a run that every process but the first takes: it trains along and writes nothing.
+
+first     checks, makes caches and the start | trains, looks, logs, saves | writes, measures
+others    wait                               | train along                | have ended
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from recast import processes
+from recast.errors import Refused
+from recast.events import Event
+from recast.recipe import Recipe, override
+
+if TYPE_CHECKING:
+    from recast.convert import Job
+    from recast.convert.course import Course
+    from recast.train import Step
+
+
+def assist(job: Job, stopped: Callable[[], int]) -> Iterator[Event]:
+    """Wait for the first process to come as far as training, then train along."""
+    from recast.convert import prepare, train_stage
+    from recast.convert.folder import Folder, digest_of
+    from recast.layout import open_checkpoint
+
+    if processes.wait(("start", "over"), stopped) == "over":
+        return
+    with open_checkpoint(job.model) as checkpoint:
+        source, objective, identity = yield from prepare(checkpoint, job)
+        folder = Folder(job.out, digest_of(identity))
+        yield from train_stage(checkpoint, folder, job, source, objective, stopped)
+
+
+def widened(job: Job) -> Job:
+    """A job whose steps take in what all processes do: `accumulate` is that of each one.
+
+    The result is that of one process which accumulates it all, and so is the run's name.
+    """
+    if not processes.several():
+        return job
+    if job.via:
+        raise Refused("--via takes one process: launch each leg by itself, or leave --via out.")
+    return replace(job, recipe=wide(job.recipe))
+
+
+def wide(recipe: Recipe) -> Recipe:
+    how = recipe.train
+    return override(recipe, train={"accumulate": how.accumulate * processes.count()})
+
+
+def check(found: int, what: str) -> None:
+    """Refuse more processes than there is data."""
+    if processes.count() > found:
+        raise Refused(
+            f"{processes.count()} processes and {found} {what}: launch with --num_processes "
+            f"{max(1, found)} at most, or give more."
+        )
+
+
+def meet(course: Course, step: Step, signal: int) -> int:
+    """After a step: what was read and when the run ends go to all; returns anybody's signal."""
+    if not processes.several():
+        return signal
+    watch = course.watch
+    if watch.due(step.step):
+        watch.readings = processes.told(watch.readings)
+    signal, cut = processes.agree(signal, watch.cut or 0)
+    watch.cut = cut or None
+    return signal
+
+
+def along(course: Course, steps: Iterator[Step], stopped: Callable[[], int]) -> Iterator[Event]:
+    """Take the steps that the first process takes, until it stops."""
+    from recast.convert.folder import Stopped
+
+    watch = course.watch
+    if not course.done:
+        watch.readings = processes.told()
+    for step in steps if course.done < watch.end else ():
+        course.beside.update(step)
+        if signal := meet(course, step, stopped()):
+            raise Stopped(signal, f"stopped after step {step.step}.")
+        if step.step == watch.end:
+            break
+    yield from ()
