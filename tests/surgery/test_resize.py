@@ -283,3 +283,19 @@ def test_what_leaves_the_range_of_fp16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="--dtype fp32"):
         resized(source, recipe, dtype="F16")
     assert resized(source, recipe, dtype="F32").modules == 1
+
+
+def test_two_threads_write_the_same_file(tmp_path: Path) -> None:
+    source = many(tmp_path)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            resized(source, cut(3, None, None), f"{threads}.safetensors")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, two = (load_file(tmp_path / f"{threads}.safetensors") for threads in (1, 2))
+    assert list(one) == list(two)
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, two[key], rtol=1e-3, atol=1e-4)

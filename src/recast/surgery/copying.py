@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +53,11 @@ def copied(tensors: Tensors, weight: float, alpha: float | None) -> dict[str, Co
     return found
 
 
-def alpha_in(tensors: Mapping[str, Tensor]) -> float:
+def alpha_in(tensors: Tensors) -> float:
     """A low-rank module's alpha; without one, its rank, which means scale 1."""
     if "alpha" in tensors:
         return tensors["alpha"].double().item()
-    return float(len(tensors["lora_down.weight"]))
+    return float(tensors.spec("lora_down.weight").shape[0])
 
 
 def _alpha_key(tensors: Tensors) -> str:

@@ -206,11 +206,11 @@ def _common_alpha(parts: Sequence[Part]) -> float | None:
     """The alpha that all of several files' modules get where they differ; None: as they are."""
     if len(parts) == 1:
         return None
+    modules = [part.raw.modules[lora] for part in parts for lora in part.loras]
     alphas = [
-        alpha_in(part.raw.modules[lora])
-        for part in parts
-        for lora in part.loras
-        if "lora_down.weight" in part.raw.modules[lora]
+        alpha_in(tensors)
+        for tensors in modules
+        if isinstance(tensors, Tensors) and "lora_down.weight" in tensors
     ]
     return float(commonest(alphas)) if len(set(alphas)) > 1 else None
 
