@@ -262,10 +262,13 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(
     mixed |= {"lora_unet_down_blocks_3_resnets_0_conv1.diff": torch.ones(2, 2)}
     save_file(mixed, tmp_path / "mixed")
     save_file({"lora_unet_somewhere.diff": torch.ones(2, 2)}, tmp_path / "odd")
+    broken = {k: v.clone().fill_(torch.nan) if "te1" in k else v for k, v in tensors.items()}
+    save_file(broken, tmp_path / "nan")
     out = ["--out", tmp_path / "x"]
     for words, said in (
         ([tmp_path / "mixed"], "mixes architectures"),
         ([tmp_path / "odd"], "none of this architecture"),
+        ([tmp_path / "nan"], "lora_te1_.* holds NaN"),
         ([tmp_path / "a", "--weights", "OUT13=0"], "did you mean"),
         ([tmp_path / "a", "--vector", "1,2,3"], "a vector of 3 .* 12 for SDXL"),
         ([tmp_path / "a", "--keep", "IN07"], "nothing would be left"),

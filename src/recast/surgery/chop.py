@@ -120,8 +120,8 @@ def factor(module: Held, weight: float) -> str:
     best = min(errors, key=lambda suffix: errors[suffix])
     if math.isinf(errors[best]):
         raise Refused(
-            f"{module.spot.lora} leaves the range of its dtype at weight {weight:g}; give a "
-            "smaller one, or export the file in fp32 first."
+            f"{module.spot.lora} holds NaN or infinity, or leaves the range of its dtype at weight "
+            f"{weight:g}; give a smaller one, or export the file in fp32 first."
         )
     return best
 

@@ -6,6 +6,7 @@ energy of a block = sum ||dW||^2 over its modules / the same over all        dW 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,10 @@ def _held(where: Spot, tensors: Mapping[str, object]) -> Held:
 
 
 def energy(path: Path, module: Held) -> float | None:
-    """||dW||^2 of a module, with that of its bias; None for a foreign parametrization."""
+    """||dW||^2 of a module, with that of its bias; None for a foreign parametrization.
+
+    Raises Refused for NaN or infinity.
+    """
     if module.foreign:
         return None
     total = 0.0
@@ -96,6 +100,8 @@ def energy(path: Path, module: Held) -> float | None:
         total += scale**2 * squared_norm(LowRank(up, down))
     for suffix in FULL_SUFFIXES.keys() & module.tensors.keys_in_file.keys():
         total += module.tensors[suffix].double().square().sum().item()
+    if not math.isfinite(total):
+        raise Refused(f"{path}: {module.spot.lora} holds NaN or infinity; take an earlier save.")
     return total
 
 
