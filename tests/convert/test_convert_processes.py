@@ -93,3 +93,71 @@ def test_two_processes_are_one_that_accumulates_two(home: Path) -> None:
     )
     assert logged(one) == logged(two)
     assert (home / "logs2" / "1.log").read_text() == ""
+
+
+def said(logs: Path) -> list[str]:
+    """The lines that begin with the program's name, of all processes."""
+    lines = [line for log in sorted(logs.glob("*.log")) for line in log.read_text().splitlines()]
+    return [line for line in lines if line.startswith("recast:")]
+
+
+def test_more_processes_than_images_end_with_one_sentence(home: Path) -> None:
+    small.images(home / "single", 1)
+    given, out = words(home, home / "few"), home / "few"
+    given[2] = home / "single"
+    assert ended(launch(given, home / "logs3")) == [2, 2]
+    (line,) = said(home / "logs3")
+    assert "2 processes and 1 images" in line
+    assert not out.exists()
+
+
+def test_a_verb_that_cannot_be_shared_is_refused_once(home: Path) -> None:
+    given = ["dream", home / "sdxl.safetensors", "--out", home / "dreamt"]
+    assert ended(launch(given, home / "logs4")) == [2, 2]
+    (line,) = said(home / "logs4")
+    assert "share train and convert" in line
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(home: Path) -> None:
+    whole, out = home / "whole", home / "stopped"
+    assert ended(launch(words(home, whole, accumulate=2, steps=40), home / "logs5", 1)) == [0]
+    started = launch(words(home, out, accumulate=1, steps=40), home / "logs6")
+    until = time.monotonic() + 200
+    while not latest(out / "state") and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(started[1].pid, signal.SIGTERM)
+    assert ended(started) == [143, 143]
+    assert len(said(home / "logs6")) == 1
+    assert not (out / "adapter.safetensors").exists()
+    assert ended(launch(words(home, out, accumulate=2, steps=40), home / "logs7", 1)) == [0]
+    assert trained(out) == trained(whole)
+    assert logged(out) == logged(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [{"weighting": "edm2"}, {"times": "loss-aware"}, {"optimizer": "prodigyplus", "lr": 1.0}]
+)
+def test_what_is_learned_beside_is_shared_too(home: Path, how: dict[str, object]) -> None:
+    name = "-".join(map(str, how.values()))
+    one, two = home / f"{name}-1", home / f"{name}-2"
+    assert ended(launch(words(home, one, accumulate=2, **how), home / f"l1{name}", 1)) == [0]
+    assert ended(launch(words(home, two, accumulate=1, **how), home / f"l2{name}", 2)) == [0, 0]
+    assert trained(one) == trained(two)
+    assert logged(one) == logged(two)
+
+
+@pytest.mark.slow
+def test_a_conversion_from_dreams_is_shared(home: Path) -> None:
+    found = []
+    for name, accumulate, count in (("alone", 2, 1), ("both", 1, 2)):
+        out = home / name
+        recipe = home / f"{name}.toml"
+        how = small.recipe(home, "flow", accumulate=accumulate)
+        recipe.write_text(dump_toml(how), encoding="utf-8")
+        given = ["convert", home / "sdxl.safetensors", "--to", "flow", "--recipe", recipe]
+        given += ["--out", out, "--device", "cpu", "--seed", "0"]
+        assert ended(launch(given, home / f"logs-{name}", count)) == [0] * count
+        found.append(small.contents(out))
+    assert found[0] == found[1]
