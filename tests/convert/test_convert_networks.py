@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.adapter import loaders
-from tests.convert import command
+from tests.convert import command, small
+from tests.convert.test_convert_resume import Stop
 from tests.convert.test_convert_training import Memory, conditions
 from tests.convert.test_convert_training import recipe as short
 
@@ -21,6 +23,7 @@ from recast.adapter import (
     export,
     patch_from,
     read_adapter,
+    rebuild,
     write_adapter,
 )
 from recast.adapter.decompose import decompose, zeros_full
@@ -477,3 +480,59 @@ def test_a_network_that_cannot_be_is_one_sentence(
     assert words in " ".join(said.split())
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_lora_of_sd15_that_was_stopped_ends_with_the_same_bytes(
+    home: Path, tmp_path: Path
+) -> None:
+    """Text encoder and dropouts too; both lie in what a run draws anew in every step."""
+    network = {**LORA, "dropout": 0.2, "rank_dropout": 0.2, "text_stop": 2}
+    how = override(
+        load("train"), network=network, data={"caption_dropout": 0.5},
+        train={"profile": "OUT08,te", "steps": 3, "batch": 2, "lr": 1e-2, "rates": {"te": 0.3}},
+    )  # fmt: skip
+    source = home / "sd15.safetensors"
+    whole, broken = (
+        Job(source, tmp_path / name / "run", how, images=home / "images", measure=False)
+        for name in ("whole", "broken")
+    )
+    small.convert(whole)
+    for step in (1, 2):
+        with pytest.raises(Stopped, match=f"stopped after step {step};"):
+            Stop("train").follow(broken)
+    small.convert(broken)
+    names = ("adapter.safetensors", "lora.safetensors", "log.jsonl")
+    assert small.contents(broken.out, names) == small.contents(whole.out, names)
+    found = read_adapter(whole.out / "lora.safetensors").entries
+    assert sum(name.startswith("lora_te_") for name in found) == 12
+    assert all(entry.up.any() for entry in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("base", ["8bit", "4bit"])
+def test_a_lora_learns_on_a_quantised_base(base: str, home: Path, tmp_path: Path) -> None:
+    """UNet and text encoders are quantised whole, and a second run goes on from the first."""
+    how = override(
+        load("train"), network={**LORA, "merge": True}, base=base,
+        train={"profile": "lycoris-full,te", "steps": 2, "batch": 1, "lr": 1e-2},
+    )  # fmt: skip
+    first = Job(
+        home / "sdxl.safetensors", tmp_path / "1", how, images=home / "images", measure=False
+    )
+    small.convert(first)
+    again = override(how, network={"weights": str(tmp_path / "1" / "lora.safetensors")})
+    small.convert(replace(first, out=tmp_path / "2", recipe=again))
+    entries = [read_adapter(tmp_path / n / "lora.safetensors").entries for n in ("1", "2")]
+    assert entries[0].keys() == entries[1].keys()
+    assert all(entry.up.any() for entry in entries[0].values())
+    moved = sum((entries[1][n].dense() - e.dense()).norm() > 1e-4 for n, e in entries[0].items())
+    assert moved > 0.9 * len(entries[0])
+    with (
+        Checkpoint(first.model) as before,
+        Checkpoint(tmp_path / "1" / "model.safetensors") as after,
+    ):
+        trained = read_adapter(tmp_path / "1" / "adapter.safetensors")
+        for key, tensor in rebuild(before, None, trained):
+            assert after[key].equal(tensor), key

@@ -11,7 +11,7 @@ Entries that the profile does not name act as they are and are not trained.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 INITIAL, START = "initial.safetensors", "start.safetensors"
 BASES = ("recast.base_sha256", "ss_new_sd_model_hash")  # where a file names its checkpoint
-Entries = Mapping[str, LowRank | Full]
 
 
 def weights_of(job: Job) -> Path | None:
@@ -90,6 +89,13 @@ def identity(job: Job) -> dict[str, object]:
 def proceed(
     checkpoint: Checkpoint, layout: Layout, folder: Folder, job: Job
 ) -> Generator[Event, None, Start]:
+    """The start of a run that goes on, and a word on what of it is trained."""
+    start = start_of(checkpoint, layout, folder, job)
+    yield Note(f"Goes on from {weights_of(job)}: {in_words(start, layout, job)}.")
+    return start
+
+
+def start_of(checkpoint: Checkpoint, layout: Layout, folder: Folder, job: Job) -> Start:
     """The start of a run that goes on, made once and then read from the run's own files."""
     path = weights_of(job)
     assert path is not None
@@ -105,10 +111,8 @@ def proceed(
     adapter = read_adapter(folder.path(START))
     initial = read_adapter(folder.path(INITIAL)) if kind == "principal" else None
     trained = {entry_name(site) for site in sites}
-    held = frozenset(adapter.entries.keys() - trained)
-    yield Note(f"Goes on from {path}: {in_words(adapter, sites, held, job)}.")
     everywhere = [site for site in layout.sites("every") if entry_name(site) in adapter.entries]
-    return Start(adapter, everywhere, held, initial)
+    return Start(adapter, everywhere, frozenset(adapter.entries.keys() - trained), initial)
 
 
 def change(checkpoint: Checkpoint, sites: list[Site], job: Job, found: Adapter) -> Adapter:
@@ -178,14 +182,13 @@ def nothing(entry: LowRank | Full) -> LowRank | Full:
     return LowRank(torch.zeros_like(entry.up), entry.down)
 
 
-def in_words(adapter: Adapter, sites: Iterable[Site], held: frozenset[str], job: Job) -> str:
-    """What of it is trained, and where its ranks are not the recipe's."""
-    known = {entry_name(site): site for site in sites}
-    own = 0
-    for name, entry in adapter.entries.items():
-        if name in known and isinstance(entry, LowRank) and kind_of(job.recipe) == "lora":
-            own += entry.rank != dims_of(job.recipe).rank(known[name])
-    told = f"{len(adapter.entries) - len(held)} layers are trained"
+def in_words(start: Start, layout: Layout, job: Job) -> str:
+    """What of a start is trained, and where its ranks are not the recipe's."""
+    own, dims = 0, dims_of(job.recipe)
+    for site in sites_of(layout, job.recipe) if kind_of(job.recipe) == "lora" else ():
+        entry = start.adapter.entries[entry_name(site)]
+        own += isinstance(entry, LowRank) and entry.rank != dims.rank(site)
+    told = f"{len(start.adapter.entries) - len(start.held)} layers are trained"
     if own:
         told += f", {own} of them at the file's own rank"
-    return told + (f"; {len(held)} others act as they are" if held else "")
+    return told + (f"; {len(start.held)} others act as they are" if start.held else "")

@@ -36,6 +36,7 @@ def quantiser_of(checkpoint: Checkpoint, folder: Folder, job: Job) -> Quantiser 
     from recast.adapter.decompose import zeros_full
     from recast.adapter.patch import read_patch
     from recast.convert.networks import kind_of, lora, sites_of
+    from recast.convert.proceed import start_of
     from recast.convert.start import principal
     from recast.convert.training import precision
 
@@ -45,7 +46,10 @@ def quantiser_of(checkpoint: Checkpoint, folder: Folder, job: Job) -> Quantiser 
     layout = detect(checkpoint)
     chosen = sites_of(layout, job.recipe)
     kind = kind_of(job.recipe)
-    if kind == "principal":
+    if job.recipe.network.weights:
+        started = start_of(checkpoint, layout, folder, job)
+        adapter, chosen = started.initial or started.adapter, started.sites
+    elif kind == "principal":
         adapter = principal(checkpoint, folder, chosen, how.rank)
     elif kind == "lora":
         adapter = lora(checkpoint, chosen, job.recipe)
@@ -53,8 +57,9 @@ def quantiser_of(checkpoint: Checkpoint, folder: Folder, job: Job) -> Quantiser 
         there = read_patch(job.start).entries if job.start else {}
         adapter = zeros_full(checkpoint, chosen)
         adapter = replace(adapter, entries={**there, **adapter.entries})
+        chosen = layout.sites("every") if job.start else chosen
     return quantiser(
-        adapter, layout.sites("every" if job.start else how.places), how.base,
+        adapter, chosen, how.base,
         dtype=precision(job.recipe, job.device), device=job.device,
     )  # fmt: skip
 
