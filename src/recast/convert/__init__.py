@@ -143,7 +143,7 @@ def identify(
 ) -> dict[str, object]:
     """What names this run: the model, the images, the recipe."""
     from recast.convert import proceed
-    from recast.convert.material import images_digest
+    from recast.convert.found import images_digest
     from recast.convert.sources import dream_plan, sources_of
     from recast.convert.start import identity
 

@@ -5,7 +5,6 @@ Both hand out draws as a pure function of (seed, step), so a resumed run goes on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from recast.checkpoint import Checkpoint
 from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
+from recast.convert.found import examples_of, found_in
 from recast.convert.networks import trains_text
 from recast.convert.noising import draw, drawn, remarks
 from recast.convert.opening import opened
@@ -25,6 +25,7 @@ from recast.convert.replay import ZERO, Replay
 from recast.convert.selfmade import Selfmade, finished
 from recast.convert.sources import dream_plan, skips_broken, sources_of
 from recast.convert.texts import Told
+from recast.data.ahead import Ahead
 from recast.dream import Shard, dream, read_shards
 from recast.errors import Refused
 from recast.events import Event, Note, Stage, Tick, amount
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recast.convert import Job
-    from recast.data.dataset import Dataset
-    from recast.data.folder import Example
-    from recast.data.folder import Folder as Found
+    from recast.data.dataset import Batch, Dataset
     from recast.model import Model
     from recast.text.encode import Condition
 
@@ -62,7 +61,8 @@ class Material(Protocol):
 class Images:
     """Latents and captions of a folder of images, noised along the new path.
 
-    `reads`: the text encoders are trained, and read the captions themselves.
+    `reads`: the text encoders are trained, and read the captions themselves. `batches` reads them
+    ahead.
     """
 
     dataset: Dataset
@@ -70,17 +70,23 @@ class Images:
     objective: Objective
     bridge: Bridge | None = None
     reads: bool = False
+    batches: Callable[[int], Batch] | None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
-        return drawn(self.recipe, self.draw, done, aware)
+        with Ahead(self.batch) as batches:
+            yield from drawn(self.recipe, replace(self, batches=batches).draw, done, aware)
+
+    def batch(self, place: int) -> Batch:
+        """Batch `place` of the images: pictures, captions and what stands in for dropped ones."""
+        how, data = self.recipe.train, self.recipe.data
+        return self.dataset.batch(
+            place, how.seed, how.batch,
+            dropout=data.caption_dropout, null=data.null, zero_share=data.zero_share,
+        )  # fmt: skip
 
     def draw(self, number: int, t: Tensor, weight: Tensor | None, place: int | None = None) -> Draw:
         """Batch `number` of the run, and `place` of the images where others come in between."""
-        how, data = self.recipe.train, self.recipe.data
-        batch = self.dataset.batch(
-            number if place is None else place, how.seed, how.batch,
-            dropout=data.caption_dropout, null=data.null, zero_share=data.zero_share,
-        )  # fmt: skip
+        batch = (self.batches or self.batch)(number if place is None else place)
         made = draw(
             self.recipe, self.objective, number, batch.x0, t, weight, batch.condition,
             batch.index, self.dataset.store.model.factor,
@@ -267,40 +273,6 @@ def encoded(model: Model, prompts: list[str], size: int | None) -> Condition:
             for k in groups
         ]
     return cat(found)
-
-
-def found_in(images: Path, *, skip_broken: bool, recipe: Recipe | None = None) -> Found:
-    """What a folder or dataset file has, under the recipe's settings; names broken ones."""
-    from recast.data.gather import gather as gather_images
-    from recast.data.subset import PLAIN, from_recipe
-
-    how = PLAIN if recipe is None else from_recipe(recipe.images)
-    prior = 1.0 if recipe is None else recipe.images.prior_loss_weight
-    on_broken: Literal["refuse", "skip"] = "skip" if skip_broken else "refuse"
-    return gather_images(images, how, prior=prior, on_broken=on_broken)
-
-
-def examples_of(
-    images: Path, *, skip_broken: bool, recipe: Recipe | None = None
-) -> tuple[Example, ...]:
-    """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
-    return found_in(images, skip_broken=skip_broken, recipe=recipe).examples
-
-
-def images_digest(examples: tuple[Example, ...]) -> str:
-    """Hash of every image and caption that will be trained on, and of its folder's settings."""
-    from recast.data.cache import hash_file
-    from recast.data.subset import PLAIN
-
-    found = hashlib.sha256()
-    for example in examples:
-        line = f"{example.name}\0{example.repeats}\0{example.caption}\0{hash_file(example.path)}\n"
-        found.update(line.encode())
-        if example.mask is not None:
-            found.update(hash_file(example.mask).encode())
-        if example.how != PLAIN:
-            found.update(example.how.stated.encode())
-    return found.hexdigest()[:16]
 
 
 def training_captions(job: Job, checkpoint: Checkpoint, folder: Folder) -> tuple[str, ...]:

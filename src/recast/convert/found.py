@@ -1,0 +1,47 @@
+"""The images of a run as its recipe reads them, and what names them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from recast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recast.data.folder import Example
+    from recast.data.folder import Folder as Found
+
+
+def found_in(images: Path, *, skip_broken: bool, recipe: Recipe | None = None) -> Found:
+    """What a folder or dataset file has, under the recipe's settings; names broken ones."""
+    from recast.data.gather import gather as gather_images
+    from recast.data.subset import PLAIN, from_recipe
+
+    how = PLAIN if recipe is None else from_recipe(recipe.images)
+    prior = 1.0 if recipe is None else recipe.images.prior_loss_weight
+    on_broken: Literal["refuse", "skip"] = "skip" if skip_broken else "refuse"
+    return gather_images(images, how, prior=prior, on_broken=on_broken)
+
+
+def examples_of(
+    images: Path, *, skip_broken: bool, recipe: Recipe | None = None
+) -> tuple[Example, ...]:
+    """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
+    return found_in(images, skip_broken=skip_broken, recipe=recipe).examples
+
+
+def images_digest(examples: tuple[Example, ...]) -> str:
+    """Hash of every image and caption that will be trained on, and of its folder's settings."""
+    from recast.data.cache import hash_file
+    from recast.data.subset import PLAIN
+
+    found = hashlib.sha256()
+    for example in examples:
+        line = f"{example.name}\0{example.repeats}\0{example.caption}\0{hash_file(example.path)}\n"
+        found.update(line.encode())
+        if example.mask is not None:
+            found.update(hash_file(example.mask).encode())
+        if example.how != PLAIN:
+            found.update(example.how.stated.encode())
+    return found.hexdigest()[:16]
