@@ -21,6 +21,7 @@ from recast.layout import detect, open_checkpoint
 from recast.recipe import Recipe, dump_toml, load, override
 
 if TYPE_CHECKING:
+    from recast.adapter import Adapter
     from recast.data.folder import Example
     from recast.model import Model
     from recast.quantise import Quantiser
@@ -153,6 +154,7 @@ def identify(
     recipe = job.recipe.model_dump(exclude={"about"})
     # see in_header
     recipe["train"].pop("checkpoint_every")
+    recipe["train"].pop("recompute")
     recipe.pop("save")
     return {
         "model": checkpoint.sha256(),
@@ -174,11 +176,34 @@ def write_recipe(folder: Folder, recipe: Recipe) -> None:
 
 
 def in_header(recipe: Recipe) -> Recipe:
-    """The recipe as a file states it: what was saved on the way is not part of the result."""
+    """The recipe as a file states it: what was saved or recomputed is not part of the result."""
     usual = load()
-    return override(
-        recipe, checkpoint_every=usual.train.checkpoint_every, save=usual.save.model_dump()
-    )
+    how = {"checkpoint_every": usual.train.checkpoint_every, "recompute": usual.train.recompute}
+    return override(recipe, train=how, save=usual.save.model_dump())
+
+
+def keeper(
+    checkpoint: Checkpoint, folder: Folder, job: Job, objective: str
+) -> Callable[[int, Adapter], None]:
+    """What keeps an adapter of a step as a file: a LoRA as trainers write it, else factors."""
+    from recast.adapter import write_adapter
+    from recast.convert import saving
+    from recast.convert.networks import DTYPES, kind_of, write_lora_file
+
+    about = {**folder.stamp(), "recast.objective": objective}
+
+    def keep(step: int, trained: Adapter) -> None:
+        path = saving.path_of(folder.root, step)
+        path.parent.mkdir(exist_ok=True)
+        told = {**about, "recast.step": str(step)}
+        if kind_of(job.recipe) == "lora":
+            write_lora_file(path, told, checkpoint, job, trained)
+        else:
+            dtype = DTYPES[job.recipe.network.save]
+            write_adapter(path, trained, metadata=told, dtype=dtype, force=True)
+        saving.thin(folder.root, job.recipe)
+
+    return keep
 
 
 def train_stage(
@@ -221,8 +246,9 @@ def train_stage(
         processes.reached("start")
     try:
         trained = yield from learn(
-            model, attached, material, job.recipe, target, folder.root, folder.digest, stopped
-        )
+            model, attached, material, job.recipe, target, folder.root, folder.digest, stopped,
+            keeper(checkpoint, folder, job, objective),
+        )  # fmt: skip
     finally:
         attached.detach()
     if not processes.first():

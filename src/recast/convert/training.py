@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recast import processes
+from recast.convert import saving
 from recast.convert.assist import along, meet
 from recast.convert.budget import settled
 from recast.convert.course import Course
 from recast.convert.folder import Stopped
 from recast.convert.losses import loss_of
+from recast.convert.moving import Moving, write_picture
 from recast.convert.networks import shaken
-from recast.convert.running import running
+from recast.convert.running import running, told
+from recast.convert.speed import Speed
 from recast.convert.texts import current
 from recast.convert.trunk import Trunk, shared
 from recast.errors import NotFinite
@@ -63,20 +66,22 @@ def learn(
     root: Path,
     identity: str,
     stopped: Callable[[], int],
+    keep: Callable[[int, Adapter], None] | None = None,
 ) -> Generator[Event, None, Adapter]:
     """Train until the recipe's last step, resuming from the newest whole state below `root`.
 
-    Returns the trained adapter. Where steps stop being finite, goes back to the last state at a
-    lower rate. Raises NotFinite when that does not help, Diverged when the run collapses, Stopped
-    on a signal.
+    Returns the trained adapter; `keep` is given those that the recipe saves on the way. Where steps
+    stop being finite, goes back to the last state at a lower rate. Raises NotFinite when that does
+    not help, Diverged when the run collapses, Stopped on a signal.
     """
     recipe = settled(recipe, material)
     with running(model, attached, recipe):
+        yield Note(told(model, recipe))
         course = Course.begun(model, attached, recipe, objective, root, identity)
         yield from course.resume()
         while True:
             try:
-                rest = (course, model, attached, material, objective, stopped)
+                rest = (course, model, attached, material, objective, stopped, keep)
                 yield from (follow if processes.first() else trained_along)(*rest)
                 break
             except NotFinite as error:
@@ -93,12 +98,14 @@ def follow(
     material: Material,
     objective: Objective,
     stopped: Callable[[], int],
+    keep: Callable[[int, Adapter], None] | None = None,
 ) -> Iterator[Event]:
     """Take the steps that are left, and log, look and save on the way."""
     watch, root = course.watch, course.root
-    untrained = None if watch.readings else watch.look(0)
+    untrained = None if watch.readings or course.done else watch.look(0)
     if processes.several() and not course.done:
         processes.told(watch.readings)
+    moving, speed = Moving.of(attached, model.layout, course.recipe), Speed(model.device)
     yield Stage("train", watch.end, "steps", course.done)
     steps = course.timed(steps_of(course, model, attached, material, objective))
     with ExitStack() as stack:
@@ -110,14 +117,19 @@ def follow(
             looked = course.look(step)
             signal = meet(course, step, stopped())
             begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
-            append(log, record(step) | begun | course.told() | looked.record)
-            board.add(step, looked.scalars)
+            seen = {"change": moving.norms()} if moving.due(step.step, watch.end) else {}
+            seen["pace"] = speed.lap()
+            append(log, record(step) | begun | course.told() | looked.record | seen)
+            board.add(step, {**looked.scalars, **flat(seen)})
             yield Tick(step.step, step.loss)
             yield from looked.events
             if step.skipped:
                 yield Note(f"Step {step.step} is skipped: loss {step.loss}, norm {step.grad_norm}.")
             watch.check(step.step)
             signal = stopped()
+            if keep is not None and saving.due(course.recipe, step.step):
+                with course.shown():
+                    keep(step.step, attached.trained())
             if signal or course.due(step):
                 course.save(step, log)
             if signal:
@@ -126,6 +138,7 @@ def follow(
                 )
             if step.step == watch.end:
                 break
+    write_picture(root)
 
 
 def trained_along(
@@ -253,6 +266,11 @@ def record(step: Step) -> dict[str, Any]:
         "t": [round(value, 5) for value in step.times.tolist()],
         "losses": [float(f"{value:.5g}") for value in step.losses.tolist()],
     }
+
+
+def flat(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Figures by names such as `pace/it_s`."""
+    return {f"{group}/{name}": v for group, found in figures.items() for name, v in found.items()}
 
 
 class Board:

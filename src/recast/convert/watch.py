@@ -12,16 +12,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recast.convert import prompted
 from recast.convert.fixed import (
     FIXED,
     PREVIEWS,
     Originals,
     captions_of,
+    paints,
     previews,
     read_originals,
     validates,
 )
 from recast.convert.networks import trains_text
+from recast.convert.prompted import Line
 from recast.convert.texts import now
 from recast.errors import Diverged
 from recast.evaluate.alarm import good, lost
@@ -63,6 +66,7 @@ class Watch:
     reads: bool = False
     captions: tuple[str, ...] = ()
     cut: int | None = None
+    lines: tuple[Line, ...] = ()
 
     @classmethod
     def open(cls, recipe: Recipe, model: Model, objective: Objective, root: Path) -> Watch:
@@ -71,7 +75,11 @@ class Watch:
         shown = read_originals(root / PREVIEWS) if previews(recipe) else None
         reads = trains_text(model.layout, recipe)
         captions = captions_of(root / FIXED) if fixed and reads else ()
-        return cls(recipe, model, objective, root, fixed, shown, reads=reads, captions=captions)
+        lines = prompted.read(root, recipe) if paints(recipe) and recipe.watch.prompts else ()
+        return cls(
+            recipe, model, objective, root, fixed, shown, reads=reads, captions=captions,
+            lines=lines,
+        )  # fmt: skip
 
     @property
     def pace(self) -> Pace | None:
@@ -107,8 +115,10 @@ class Watch:
         return self.fixed is not None and due(step, self.recipe.watch.validate_every, self.end)
 
     def paints(self, step: int) -> bool:
-        every = self.recipe.watch.previews_every
-        return self.originals is not None and step > 0 and due(step, every, self.end)
+        how = self.recipe.watch
+        if self.originals is None and not self.lines:
+            return False
+        return due(step, how.previews_every, self.end) if step else how.previews_first
 
     def look(self, step: int) -> Looked:
         """Validate and paint if it is time for it; step 0 is the untrained network."""
@@ -116,8 +126,8 @@ class Watch:
         found = Looked()
         if self.validates(step) and self.fixed is not None:
             found = self.validate(step, self.fixed)
-        if (paints or self.paints(step)) and self.originals is not None:
-            found = joined(found, self.preview(step, self.originals))
+        if paints or self.paints(step):
+            found = joined(found, self.preview(step))
         return found
 
     def validate(self, step: int, fixed: Fixed) -> Looked:
@@ -157,8 +167,16 @@ class Watch:
             return 2
         return keep(self.root / "state", good(self.readings, self.fixed))
 
-    def preview(self, step: int, originals: Originals) -> Looked:
-        """Paint with the new objective's sampler, beside the original's pictures."""
+    def preview(self, step: int) -> Looked:
+        """Paint with the new objective's sampler: a prompts file, or beside the original."""
+        if self.originals is not None:
+            return self.beside(step, self.originals)
+        made = prompted.paint(self.model, self.objective, self.recipe, self.lines)
+        prompted.write_previews(self.root, step, made)
+        return Looked()
+
+    def beside(self, step: int, originals: Originals) -> Looked:
+        """Paint what the original painted, and compare."""
         from recast.convert.previews import judged, paint, write_sheet
 
         if self.reads:

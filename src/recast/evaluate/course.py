@@ -14,8 +14,8 @@ def course(rows: Iterable[Mapping[str, Any]]) -> Course | None:
     last = 0
     for row in rows:
         last = row["step"]
-        if begun := row.get("untrained"):
-            readings.append(begun["validation"])
+        if begun := row.get("untrained", {}).get("validation"):
+            readings.append(begun)
         if found := row.get("validation"):
             readings.append(found)
         if found := row.get("previews"):
