@@ -341,7 +341,7 @@ def test_the_published_fast_lora_is_the_preset() -> None:
     assert (recipe.network.conv_dim, recipe.network.conv_alpha) == (256, 4.0)
     assert (recipe.train.lr, recipe.train.schedule, recipe.train.cycles) == (3e-4, "cosine", 0.375)
     assert recipe.train.rates == {"te1": pytest.approx(1 / 3), "te2": pytest.approx(1 / 3)}
-    assert (recipe.train.optimizer, recipe.train.optimizer_args) == ("saveus", {})
+    assert (recipe.train.optimizer, recipe.train.optimizer_args) == ("saveus", {"in_place": True})
     assert (recipe.train.batch, recipe.train.accumulate, recipe.train.steps) == (8, 6, 80)
     assert (recipe.noise.multires, recipe.noise.multires_discount) == (12, 0.4)
     assert (recipe.watch.previews_every, recipe.watch.preview_solver) == (1, "euler_ancestral")

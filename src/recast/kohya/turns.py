@@ -95,6 +95,8 @@ def optimizer(value: Any, given: Given) -> Outcome:
     said = pairs(given.get("optimizer_args") or [], "optimizer_args")
     if name == "adamw":
         said = {"weight_decay": WEIGHT_DECAY, **said}
+    if name == "saveus":  # sd-scripts runs the published code, see recast.optim.saveus
+        said = {"in_place": True, **said}
     first = next(iter(parts(given).values()), RATE)
     return {"train.optimizer": name, "train.lr": first, "train.optimizer_args": said}
 
