@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -159,6 +160,10 @@ def write_previews(root: Path, step: int, made: Iterator[tuple[Line, Tensor]]) -
     for k, (line, image) in enumerate(made):
         data = png(image)
         path = folder / f"step{step:08d}-{k:02d}-seed{line.prompt.seed}.png"
-        commit(path, lambda file, data=data: file.write(data), size=len(data), force=True)
+        commit(path, partial(_into, data), size=len(data), force=True)
         paths.append(path)
     return tuple(paths)
+
+
+def _into(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
