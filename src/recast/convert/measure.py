@@ -251,5 +251,4 @@ def self_made(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps:
     with torch.no_grad():
         condition = model.condition(prompts)
     eps = noises(model.latent_shape(None), seeds).to(model.device)
-    how = {"steps": steps, "batch": batch_of(eps)}
-    return latents_of(model.net, model.objective, eps, condition, **how)
+    return latents_of(model.net, model.objective, eps, condition, steps=steps, batch=batch_of(eps))
