@@ -30,6 +30,7 @@ from recast.adapter.decompose import decompose, zeros_full
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.folder import Folder, Stopped
+from recast.convert.groups import groups
 from recast.convert.networks import kind_of, lora, put_in, sites_of, text_end
 from recast.convert.proceed import check as check_start
 from recast.convert.proceed import proceed
@@ -40,7 +41,9 @@ from recast.errors import Refused
 from recast.layout import detect
 from recast.model import Model, open_model
 from recast.objective import OBJECTIVES
+from recast.optim import OPTIMIZERS, build
 from recast.recipe import Recipe, load, override
+from recast.train.loop import set_rate
 
 torch.set_num_threads(1)
 EPS = OBJECTIVES["eps"]
@@ -177,6 +180,54 @@ def test_times_of_text_encoders() -> None:
     assert text_end(override(how, text_stop=300)) == 300
     assert text_end(override(how, text_share=0.25)) == 250
     assert text_end(override(how, text_share=0.25, text_stop=100)) == 100
+
+
+def test_parts_have_rates_and_ends_of_their_own(model: Model) -> None:
+    how = override(
+        load("train"), network={**LORA, "text_share": 0.25},
+        train={"profile": "OUT07,OUT08,te", "steps": 100, "lr": 3e-4,
+               "rates": {"te": 1 / 3, "TE2.L02": 0.1, "*conv1*": 2.0}},
+    )  # fmt: skip
+    sites = sites_of(model.layout, how)
+    attached = put_in(model, Start(lora(model.checkpoint, sites, how), sites), how)
+    try:
+        named, made = groups(attached, model.layout, how)
+    finally:
+        attached.detach()
+    found = {(group["name"], round(group["lr"], 9), group.get("until")) for group in made}
+    assert found == {
+        ("unet", 6e-4, None), ("unet", 3e-4, None),
+        ("te1", 1e-4, 25), ("te2", 1e-4, 25), ("te2", 3e-5, 25),
+    }  # fmt: skip
+    assert made[0]["name"] == "unet"
+    listed = [id(p) for group in made for p in group["params"]]
+    assert listed == [id(p) for p in named.values()]
+    assert len(listed) == 2 * len(sites)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_leaves_a_part_alone_once_it_has_ended(name: str) -> None:
+    made = torch.Generator().manual_seed(0)
+    lives, ends = (torch.nn.Parameter(torch.randn(4, 3, generator=made)) for _ in range(2))
+    try:
+        optimizer = build(
+            name, [{"params": [lives], "lr": 0.1, "name": "unet"},
+                   {"params": [ends], "lr": 0.1, "name": "te1", "until": 2}], lr=0.1,
+        )  # fmt: skip
+    except Refused as reason:
+        pytest.skip(str(reason))
+    kept = []
+    for done in range(5):
+        set_rate(optimizer, 1.0, done)
+        optimizer.zero_grad(set_to_none=True)
+        loss = (lives + ends - 1).square().sum()
+        loss.backward()
+        assert (ends.grad is None) == (done >= 2)
+        optimizer.step()
+        kept.append((lives.detach().clone(), ends.detach().clone()))
+    assert all(torch.equal(kept[2][1], later[1]) for later in kept[2:])
+    assert not torch.equal(kept[2][0], kept[4][0])
+    assert torch.isfinite(lives).all()
 
 
 def test_captions_are_read_by_the_encoders_as_they_are(model: Model) -> None:

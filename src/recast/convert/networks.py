@@ -191,7 +191,7 @@ def write_lora_file(
 
 
 def training_fields(checkpoint: Checkpoint, job: Job) -> Mapping[str, str]:
-    """The `ss_*` fields in which kohya's trainer tells of a training."""
+    """The `ss_*` fields in which kohya's trainer tells of a training, and its title."""
     how, recipe = job.recipe.train, job.recipe
     precision = {"auto": "bf16", "fp32": "no"}.get(how.precision, how.precision)
     if how.precision == "auto" and job.device == "cpu":
@@ -200,6 +200,7 @@ def training_fields(checkpoint: Checkpoint, job: Job) -> Mapping[str, str]:
         "ss_sd_model_name": checkpoint.path.name,
         "ss_new_sd_model_hash": checkpoint.sha256(),
         "ss_output_name": job.out.name,
+        "modelspec.title": job.out.name,
         "ss_v2": False,
         "ss_learning_rate": how.lr,
         "ss_unet_lr": how.lr,

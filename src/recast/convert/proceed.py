@@ -103,8 +103,8 @@ def start_of(checkpoint: Checkpoint, layout: Layout, folder: Folder, job: Job) -
     if not folder.has(START):
         found = read_adapter(path, layout)
         if kind == "principal":
-            initial, made = principal(checkpoint, sites, job.recipe.train.rank, path, found)
-            write_adapter(folder.path(INITIAL), initial, metadata=folder.stamp(), force=True)
+            first, made = principal(checkpoint, sites, job.recipe.train.rank, path, found)
+            write_adapter(folder.path(INITIAL), first, metadata=folder.stamp(), force=True)
         else:
             made = change(checkpoint, sites, job, found)
         write_adapter(folder.path(START), made, metadata=folder.stamp(), force=True)
