@@ -86,7 +86,7 @@ def chop(
     from recast.surgery.weights import Weights, refuse_unknown
 
     layout = _layout(model)
-    if out is not None:
+    if out is not None and not adapter.is_dir():
         refuse_target(out, force=force, sources=[adapter])
     with open_raw(adapter, layout, strangers=True) as raw:
         modules, plan = held(raw, adapter, layout)

@@ -85,17 +85,20 @@ def _show_track(seen: Track, blocks: dict[str, list[float]]) -> None:
     """Up to seven steps by block, text encoders as one, and the modules that moved furthest."""
     count = len(seen.steps)
     shown = sorted({round(k * (count - 1) / 6) for k in range(7)})
-    relative = _relative(seen)
-    table = _table(
-        "block", *(str(seen.steps[k]) for k in shown), *(["of weights"] * bool(relative))
-    )
+    weights: dict[str, float] = {}
+    for lora, norm in seen.base.items():
+        head = seen.blocks[lora].partition(".")[0]
+        weights[head] = math.hypot(weights.get(head, 0.0), norm)
+    table = _table("block", *(str(seen.steps[k]) for k in shown), *(["of weights"] * bool(weights)))
     texts: dict[str, list[list[float]]] = {}
     for block, norms in blocks.items():
         texts.setdefault(block.partition(".")[0], []).append(norms)
     for block, group in texts.items():
         cells = [f"{math.hypot(*(norms[k] for norms in group)):.4g}" for k in shown]
-        share = relative.get(block)
-        table.add_row(block, *cells, *([f"{100 * share:.2g} %"] if share else []))
+        if block in weights:
+            last = math.hypot(*(norms[-1] for norms in group))
+            cells.append(f"{100 * last / weights[block]:.2g} %")
+        table.add_row(block, *cells)
     console.OUT.print(table)
     say()
     most = sorted(seen.norms, key=lambda lora: -seen.norms[lora][-1])[:5]

@@ -209,12 +209,23 @@ def test_the_header_is_true_afterwards(tmp_path: Path) -> None:
     assert json.loads(new["recast.chop"]) == [{"weights": "IN01=0", "of": digest}]
 
 
-def test_a_peft_folder_loses_what_was_dropped(case: Case, tmp_path: Path) -> None:
+def test_a_peft_folder_loses_what_was_dropped(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = chop(case.folder / "peft", tmp_path / "p", only("MID1"), layout=case.layout)
     assert [path.parent.name for path in done.files] == ["unet", "unet"]
     config = json.loads((tmp_path / "p/unet/adapter_config.json").read_text())
     assert config["target_modules"]
     assert all(name.startswith("mid_block.attentions") for name in config["target_modules"])
+    words = ["chop", case.folder / "peft", "--keep", "te1", "--out", tmp_path / "p", "--model"]
+    words += [case.checkpoint.path]
+    (tmp_path / "p/text_encoder").mkdir()
+    (tmp_path / "p/text_encoder/adapter_model.safetensors").write_bytes(b"old")
+    assert "exists" in refused(capsys, *words)
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, words), "--force"])
+    assert not left.value.code, capsys.readouterr().err
+    assert len(load_file(tmp_path / "p/text_encoder/adapter_model.safetensors")) > 10
     again = chop(case.folder / "d.safetensors", tmp_path / "d", only("te1"), layout=case.layout)
     with safe_open(tmp_path / "d", "pt") as file:
         configs = json.loads(file.metadata()["lora_adapter_metadata"])
