@@ -23,14 +23,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-import torch  # noqa: E402
+import torch
 
-from recast import pocket  # noqa: E402
-from recast.data.cache import Store  # noqa: E402
-from recast.data.dataset import Dataset, cache_bytes, prepare  # noqa: E402
-from recast.data.folder import scan  # noqa: E402
-from recast.data.subset import PLAIN, Subset  # noqa: E402
-from recast.model import open_model  # noqa: E402
+from recast import pocket
+from recast.data.cache import Store
+from recast.data.dataset import Dataset, cache_bytes, prepare
+from recast.data.folder import scan
+from recast.data.subset import PLAIN, Subset
+from recast.model import open_model
 
 BATCH = 16
 VARIED = Subset(

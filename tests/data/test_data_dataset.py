@@ -21,6 +21,7 @@ VARIED = Subset(
     shuffle_caption=True, caption_tag_dropout_rate=0.2, caption_variants=5, flip_aug=True,
     random_crop=True, color_aug=True, image_variants=4,
 )  # fmt: skip
+GOLDEN = ["5508afe0", "bd4e8ec3"]
 
 
 @pytest.fixture
@@ -148,3 +149,17 @@ def test_a_broken_picture_keeps_its_name_among_varied_ones(images: Path, tmp_pat
     made = list(prepare(scan(images, how=VARIED), store, on_broken="skip"))
     assert [bool(entry.problem) for entry in made] == [False, True, False, False]
     assert len(Dataset.of(store, made)) == 3
+
+
+def test_entries_of_a_plain_folder_have_the_names_they_always_had(tmp_path: Path) -> None:
+    # of pictures whose bytes no library writes: what is cached already is found again
+    raw = bytes(k % 251 for k in range(40 * 36 * 3))
+    head = b"BM" + (54 + 120 * 36).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
+    sizes = b"".join(n.to_bytes(4, "little") for n in (40, 40, 36))
+    (tmp_path / "a.bmp").write_bytes(
+        head + sizes + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24) + raw
+    )
+    (tmp_path / "a.txt").write_text("one,  two\nthree")
+    data, _ = dataset(scan(tmp_path), tmp_path)
+    names = sorted(path.name[:8] for path in data.store.root.rglob("*.safetensors"))
+    assert names == GOLDEN

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from recast.checkpoint import Checkpoint
+from recast.commit import require_room
 from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
 from recast.convert.folder import Folder, Stopped
@@ -183,13 +184,17 @@ def from_images(
     if job.recipe.data.size:
         model = replace(model, size=job.recipe.data.size)
     student = exchange.into(model, checkpoint, job.recipe)
+    fresh = not folder.path("cache").exists()
     store = Store(folder.path("cache"), student)
     store.text("")
+    size = cache_bytes(found, store)
+    yield Note(f"The cache of images and captions takes {amount(size)}.")
+    if fresh:
+        require_room(folder.root, size)
     # all captions before any picture: the VAE takes the text encoders' place on the device
     for caption in texts(found):
         with suppress(Refused):  # said of its picture below
             store.text(caption)
-    yield Note(f"The cache of images and captions takes {amount(cache_bytes(found, store))}.")
     yield Stage("encode images", len(found.examples), "images")
     made = []
     for entry in prepare(found, store, on_broken=on_broken):
