@@ -8,10 +8,9 @@ full        every number of a layer, norms and biases too
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from recast.adapter import Adapter, Attached, attach
 from recast.adapter.decompose import is_matrix, matrices
@@ -164,14 +163,13 @@ def put_in(model: Model, start: Start, recipe: Recipe) -> Attached:
 
 
 def shaken(draws: Iterable[Draw], recipe: Recipe, done: int) -> Iterator[Draw]:
-    """Pass draws on; where the recipe has dropouts, each step's are a function of (seed, step)."""
+    """Pass draws on; where the recipe has dropouts, those of a draw depend on its number alone."""
     from recast.train import seeded
 
     how, drops = recipe.train, dropouts_of(recipe)
     for number, draw in enumerate(draws, done * how.accumulate):
-        if drops:
-            torch.manual_seed(seeded(how.seed, "dropout", number).initial_seed())
-        yield draw
+        seed = seeded(how.seed, "dropout", number).initial_seed() if drops else None
+        yield draw if seed is None else replace(draw, shake=seed)
 
 
 def write_lora_file(

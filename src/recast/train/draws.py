@@ -27,7 +27,7 @@ class Draw:
     `teacher` is the original's answer (x0, eps) where it is already known: replay. `weight` (B,)
     makes up for times that were drawn more or less often than others, and is what a folder of
     images counts. `added` is noise in x that x0 and eps do not account for. `mask` (B, 1, H, W) in
-    [0, 1] is what each place counts.
+    [0, 1] is what each place counts. `shake` seeds what the net draws while it answers: dropouts.
     """
 
     x0: Tensor
@@ -40,6 +40,7 @@ class Draw:
     weight: Tensor | None = None
     added: Tensor | None = None
     mask: Tensor | None = None
+    shake: int | None = None
 
 
 def noised(
