@@ -195,6 +195,8 @@ def student(
     """The network as it is being trained, told the times of the new objective's path."""
 
     def answer(draw: Draw) -> Tensor:
+        if draw.shake is not None:
+            torch.manual_seed(draw.shake)
         known = trunk.answer(draw.x, draw.condition) if trunk else None
         if known is not None:
             return known
