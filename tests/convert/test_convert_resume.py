@@ -166,8 +166,9 @@ def test_a_finished_run_is_left_as_it_is(home: Path, started: Path) -> None:
     assert tree(started) == before
 
 
-def test_saving_more_often_is_no_other_run(home: Path, started: Path) -> None:
+def test_saving_more_often_or_recomputing_is_no_other_run(home: Path, started: Path) -> None:
     small.convert(job(home, started, checkpoint_every=2))
+    small.convert(job(home, started, recompute=True))
 
 
 def test_a_second_process_in_the_same_folder_is_refused(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.convert.test_convert_training import Memory, recipe
 from tests.faults import Faults
 from torch import Tensor
@@ -136,6 +137,7 @@ def test_an_ill_run_goes_back_and_on_at_half_the_rate(
     notes = [e.text for e in told if isinstance(e, Note)]
     assert any("going back to step 2 at half the rate" in note for note in notes)
     assert sum("is skipped" in note for note in notes) == 2
+    assert notes[0] == "The network computes in float32, fp32 is trained, attention is sdpa."
 
 
 def test_before_any_state_it_goes_back_to_the_beginning(
@@ -144,6 +146,9 @@ def test_before_any_state_it_goes_back_to_the_beginning(
     wanted = how(3, schedule="constant", rank=2, profile="principal")
     Ill(monkeypatch, lambda call: call <= 3)
     mended = run(model, wanted, tmp_path / "ill")
+    assert [line["step"] for line in lines(tmp_path / "ill")] == [1, 2, 3]
+    board = EventAccumulator(str(tmp_path / "ill" / "tb")).Reload()
+    assert [event.step for event in board.Scalars("loss/current")] == [1, 2, 3]
     monkeypatch.undo()
     low = run(model, override(wanted, lr=0.5e-3), tmp_path / "low")
     assert same(mended, low)
@@ -309,9 +314,9 @@ def test_a_layout_of_weights_changes_no_answer(model: Model) -> None:
 def test_compiled_blocks_learn_the_same(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "BACKEND", "aot_eager")
-    plain = run(model, how(3), tmp_path / "plain")
-    compiled = run(model, how(3, compile=True), tmp_path / "compiled")
+    monkeypatch.setattr(running, "BACKEND", "eager")
+    plain = run(model, how(2), tmp_path / "plain")
+    compiled = run(model, how(2, compile=True), tmp_path / "compiled")
     for name, value in plain.items():
         assert torch.allclose(value, compiled[name], atol=2e-4), name
     assert all(block._compiled_call_impl is None for block in running.blocks(model.unet))

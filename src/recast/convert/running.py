@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from recast.convert.networks import kind_of
 from recast.errors import Refused
 from recast.recipe import Recipe
 
@@ -63,7 +64,9 @@ def recompute(network: nn.Module) -> None:
         return
     # transformers' encoders do so in training mode only; their own dropouts are 0
     network.train()
-    network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    newer = hasattr(network, "activation_checkpointing_enable")  # its name in newer transformers
+    name = "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable"
+    getattr(network, name)({"use_reentrant": False})
 
 
 def forgo(network: nn.Module) -> None:
@@ -71,7 +74,9 @@ def forgo(network: nn.Module) -> None:
     if hasattr(network, "disable_gradient_checkpointing"):
         network.disable_gradient_checkpointing()  # type: ignore[operator]
         return
-    network.gradient_checkpointing_disable()  # type: ignore[operator]
+    newer = hasattr(network, "activation_checkpointing_disable")
+    name = "activation_checkpointing_disable" if newer else "gradient_checkpointing_disable"
+    getattr(network, name)()
     network.eval()
 
 
@@ -87,7 +92,7 @@ def blocks(unet: nn.Module) -> list[nn.Module]:
 def check(recipe: Recipe, device: str) -> None:
     """Refuse what this machine cannot do, and keys that undo one another."""
     how = recipe.train
-    if how.masters == "bf16" and (how.rank or recipe.network.kind in ("principal", "lora")):
+    if how.masters == "bf16" and kind_of(recipe) != "full":
         raise Refused(
             "train.masters bf16 is for layers trained whole (train.rank 0, network.kind full): "
             "factors are small, leave theirs in fp32."
@@ -115,7 +120,8 @@ def told(model: Model, recipe: Recipe) -> str:
     """One sentence on precision and attention."""
     how = recipe.train
     kinds = {type(layer).__name__ for layer in getattr(model.unet, "attn_processors", {}).values()}
-    attention = "sdpa" if kinds and all("2_0" in kind for kind in kinds) else ", ".join(kinds)
+    fast = kinds and all("2_0" in kind for kind in kinds)
+    attention = "sdpa" if fast else ", ".join(sorted(kinds)) or "none"
     extras = [name for name in ("recompute", "compile", "channels_last") if getattr(how, name)]
     more = f"; {', '.join(extras)}" if extras else ""
     network = str(model.dtype).removeprefix("torch.")

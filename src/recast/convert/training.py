@@ -281,7 +281,9 @@ class Board:
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        # what a run that was killed or went back wrote of later steps
+        purged = (done + 1 if done else 0) if folder.exists() else None
+        self.writer = SummaryWriter(str(folder), purge_step=purged)
         self.mean: float | None = None
 
     def add(self, step: Step, more: Mapping[str, float]) -> None:
