@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from recast.errors import Refused
@@ -79,14 +80,18 @@ def split_answers(
     from recast.adapter import Adapter, attach
     from recast.adapter.places import refuse_partial
     from recast.model.load import load_part
+    from recast.model.parts import Parts
 
     refuse_partial(residual, adapter.entries)
     model = _opened(original, question)
     wanted = answer(model, question)
-    parts = {}
-    for name in list(model.parts):
-        del model.parts[name]  # one network in memory at a time
-        parts[name] = load_part(residual, model.layout, name, model.dtype, model.device)
+    openers = {
+        name: partial(load_part, residual, model.layout, name, model.dtype, model.device)
+        for name in model.parts
+    }
+    for name in openers:
+        del model.parts[name]  # the original's networks go before the residual's are opened
+    parts = Parts(openers, model.device)
     # beside a residual the factors are a change like any LoRA's
     change = Adapter(adapter.entries, {"recast.role": "delta"})
     model = replace(model, parts=parts)
@@ -143,7 +148,7 @@ def _opened(checkpoint: Checkpoint, question: Question) -> Model:
     if question.level not in (2, 3):
         raise Refused(f"level {question.level}: choose 1 (weights), 2 (forward) or 3 (picture).")
     parts = question.parts(detect(checkpoint).text_parts)
-    return open_model(checkpoint, device=question.device, parts=parts)
+    return open_model(checkpoint, device=question.device, parts=parts, lazily=True)
 
 
 def _trainable(parts: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
