@@ -20,6 +20,7 @@ from recast.adapter import Adapter, attach, export, read_adapter
 from recast.adapter.layers import Dropouts
 from recast.adapter.lora import Dims, from_zero, write_lora
 from recast.checkpoint import Checkpoint
+from recast.errors import CheckFailed
 from recast.layout import Layout, Site, detect
 from recast.lowrank import LowRank
 
@@ -200,3 +201,12 @@ def test_the_file_is_kohyas(checkpoint: Checkpoint, tmp_path: Path) -> None:
     write_lora(tmp_path / "16.safetensors", Adapter(folded, raw.metadata), FAST)
     half = load_file(tmp_path / "16.safetensors")
     assert {t.dtype for k, t in half.items() if not k.endswith(".alpha")} == {torch.float16}
+
+
+def test_factors_that_a_precision_has_no_room_for_are_not_written(tmp_path: Path) -> None:
+    entry = LowRank(torch.full((3, 8), 3e4), torch.ones(8, 3))  # in the file times 8 / 3
+    adapter = Adapter({"lora_unet_x.weight": entry}, {"recast.role": "delta"})
+    with pytest.raises(CheckFailed, match=r"lora_unet_x\.weight .* 8e\+04.* fp32"):
+        write_lora(tmp_path / "l.safetensors", adapter, Dims(8, 3.0, 8, 3.0))
+    assert not list(tmp_path.iterdir())
+    write_lora(tmp_path / "l.safetensors", adapter, Dims(8, 3.0, 8, 3.0), dtype="BF16")

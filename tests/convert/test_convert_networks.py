@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,12 @@ from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.folder import Folder, Stopped
 from recast.convert.groups import groups
-from recast.convert.networks import kind_of, lora, put_in, sites_of, text_end
+from recast.convert.networks import kind_of, lora, put_in, shaken, sites_of, text_end
 from recast.convert.proceed import check as check_start
 from recast.convert.proceed import proceed
 from recast.convert.start import Start
 from recast.convert.texts import Told, current, now
-from recast.convert.training import learn
+from recast.convert.training import learn, student
 from recast.errors import Refused
 from recast.layout import detect
 from recast.model import Model, open_model
@@ -299,6 +300,33 @@ def test_dropouts_are_drawn_by_seed_and_step(model: Model, kind: str, tmp_path: 
         assert torch.equal(entry.up, resumed.entries[name].up), name
         assert torch.equal(entry.down, resumed.entries[name].down), name
     assert any(not torch.equal(e.up, plain.entries[n].up) for n, e in whole.entries.items())
+
+
+def test_each_draw_has_dropouts_of_its_own(model: Model) -> None:
+    """Whoever takes it, and whatever came between: another process, another accumulation."""
+    how = short(
+        "eps", train={"profile": "OUT08", "accumulate": 2}, network={**LORA, "dropout": 0.4}
+    )
+    draws = list(islice(shaken(Memory(how, EPS).draws(0), how, 0), 4))
+    assert len({draw.shake for draw in draws}) == 4
+    later = next(iter(shaken(Memory(how, EPS).draws(1), how, 1)))
+    assert later.shake == draws[2].shake
+    plain = override(how, network={"dropout": 0.0})
+    assert next(iter(shaken(Memory(plain, EPS).draws(0), plain, 0))).shake is None
+    sites = sites_of(model.layout, how)
+    attached = put_in(model, Start(lora(model.checkpoint, sites, how), sites), how)
+    try:
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+        answer = student(model, EPS)
+        first = answer(draws[0]).detach()
+        assert not torch.equal(answer(draws[1]).detach(), first)
+        assert torch.equal(answer(draws[0]).detach(), first)
+        other = answer(replace(draws[0], shake=draws[1].shake)).detach()
+        assert not torch.equal(other, first)
+    finally:
+        attached.detach()
 
 
 def made_elsewhere(model: Model, folder: Path, profile: str = "OUT08") -> Path:

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from recast.adapter.decompose import initial_metadata, matrices
-from recast.adapter.file import Adapter, write_adapter
+from recast.adapter.file import DTYPES, Adapter, write_adapter
 from recast.adapter.layers import NONE, Dropouts
 from recast.adapter.places import entry_name, refuse_residual
 from recast.checkpoint import Checkpoint
+from recast.errors import CheckFailed
 from recast.layout import Site
 from recast.lowrank import Full, LowRank
 
@@ -82,11 +83,24 @@ def write_lora(
 
     One alpha, `dims.alpha`, for the whole file: layers with another one, or with another rank, have
     the rest in `up`. metadata: `ss_*` fields of the training and whatever else belongs in it.
+    Raises CheckFailed where a factor leaves the range of the dtype.
     """
+    for name, entry in adapter.entries.items():
+        if isinstance(entry, LowRank):
+            up = entry.up.abs().max() * (entry.rank / dims.alpha)
+            _fits(name, max(up.item(), entry.down.abs().max().item()), dtype)
     return write_adapter(
         path, adapter, dtype=dtype, metadata=metadata, alpha=dims.alpha,
         trainer=network_fields(dims, dropouts), force=force,
     )  # fmt: skip
+
+
+def _fits(name: str, largest: float, dtype: str) -> None:
+    if not largest <= torch.finfo(DTYPES[dtype]).max:
+        raise CheckFailed(
+            f"{name} has factors of up to {largest:.3g}, which {dtype} has no room for: save it in "
+            "bf16 or fp32 (network.save), or train with a smaller step."
+        )
 
 
 def network_fields(dims: Dims, dropouts: Dropouts) -> dict[str, str]:
