@@ -105,3 +105,24 @@ def test_weights_and_masks_of_the_file_reach_the_draws(
         assert sorted((weight, round(mask, 1)) for weight, mask in rows) == [
             (0.25, 0.5), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0),
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("min_bucket_reso = 2000\nmax_bucket_reso = 2048\nenable_bucket = true", "No bucket"),
+        ("resolution = 512\nbucket_reso_steps = 60\nenable_bucket = true", "multiple of 8"),
+        (
+            "resolution = 512\nbucket_reso_steps = 128\nbucket_no_upscale = true",
+            "smaller than one bucket step",
+        ),
+    ],
+)
+def test_absurd_buckets_are_refused_before_anything_is_written(
+    keys: str, said: str, home: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "set.toml").write_text(SET.replace("batch_size = 2", keys))
+    words = ["train", home / "sd15.safetensors", place / "set.toml", "--out", place / "run"]
+    command.run([*words, "--recipe", place / "two.toml"], 2)
+    assert said in capsys.readouterr().err
+    assert not (place / "run").exists()

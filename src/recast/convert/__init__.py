@@ -110,8 +110,9 @@ def prepare(
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
     from recast.convert import assist, checks, exchange, pairs, proceed, start, texts
-    from recast.convert.material import examples_of
+    from recast.convert.found import check_sizes, examples_of
     from recast.convert.sources import skips_broken, sources_of
+    from recast.model.load import preferred_size
 
     checks.check_out(job.out)
     layout = checks.check_model(checkpoint, job.recipe)
@@ -128,6 +129,8 @@ def prepare(
     found = examples_of(images, skip_broken=skipped, recipe=job.recipe) if images else ()
     if found:
         assist.check(len(found), "images")
+        side = job.recipe.data.size or preferred_size(checkpoint, layout)
+        check_sizes(found, side, skip_broken=skipped)
     identity = {**identify(checkpoint, job, source, objective, found), **vae}
     resumes = check_claim(job.out, identity, outputs=OUTPUTS, force=job.force)
     checks.check_file(job, identity)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from recast.errors import Refused
 from recast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ def examples_of(
 ) -> tuple[Example, ...]:
     """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
     return found_in(images, skip_broken=skip_broken, recipe=recipe).examples
+
+
+def check_sizes(examples: tuple[Example, ...], side: int, *, skip_broken: bool) -> None:
+    """Refuse bucket settings that leave no bucket, and pictures that none of them takes."""
+    for sizes in dict.fromkeys(example.how.sizes for example in examples):
+        sizes.table(side)
+    for example in () if skip_broken else examples:
+        if example.size is not None:
+            try:
+                example.how.sizes.table(side).choose(example.size)
+            except Refused as error:
+                raise Refused(f"{example.path}: {error}") from error
 
 
 def images_digest(examples: tuple[Example, ...]) -> str:
