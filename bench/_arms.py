@@ -155,13 +155,14 @@ def readout_arms() -> dict[str, Arm]:
         "on images, the data's share rising from t = .8", {**images, "teacher": "mix", "mix": late}
     )
     found["15/fallback"] = Arm(
-        "fallback above the range", {"above": "fallback"}, model="pocket-15", seeds=2
+        "fallback above the range", {"above": "fallback"}, model="pocket-15"
     )
     found["xl/fallback"] = Arm("fallback above the range", {**STEPS, "above": "fallback"})
     found["xl/amplification"] = Arm("amplification weighed", {**STEPS, "control": True})
     found["xl/dreams"] = Arm(
         "on images and pictures of its own", {**STEPS, "source": "mix", "mix_with": "dreams"}
     )
+    found["xl/dream-128"] = Arm("the default, dreams of twice the side", {"dream_size": 128})
     widen = {"widen": "OUT00,OUT01,OUT02,OUT03,OUT04,OUT05"}
     found["xl/widen"] = Arm("further up blocks from half-time on", {**STEPS, **widen})
     for pictures in (20, 100, 400):

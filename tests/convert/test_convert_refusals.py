@@ -210,6 +210,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "text-encoder": ('[train]\nprofile = "te1"\n', ["te1", "UNet"]),
     "norms-with-a-rank": ("[train]\nrank = 4\n", ["norms or biases"]),
     "size": ("[data]\nsize = 100\n", ["data.size", "multiple of 8"]),
+    "dream size": ("[data]\ndream_size = 100\n", ["data.dream_size", "multiple of 8"]),
     "prompts": ('[data]\nprompts = "gone.txt"\n', ["gone.txt"]),
     "test-prompts": ('[evaluate]\nprompts = "gone.txt"\n', ["gone.txt"]),
 }

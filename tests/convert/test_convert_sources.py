@@ -242,3 +242,11 @@ def test_the_command_dreams_of_the_grammar_and_says_what_it_takes(
     assert set(dreamt) == set(grammar.prompts(3, 0, 2))
     assert facts["bytes"] == shard_path(tmp_path / "pairs", 0).stat().st_size
     assert "their pairs take 12.3 kB." in told.err
+
+
+def test_dreams_may_be_of_another_size_than_the_images(home: Path, tmp_path: Path) -> None:
+    mixed = job(home, tmp_path, images=True, source="mix", dream_size=32)
+    small.convert(mixed)
+    shard = next((mixed.out / "pairs").glob("pairs-*.safetensors"))
+    with Checkpoint(shard) as pairs:
+        assert {spec.shape[-1] for spec in pairs.specs.values() if len(spec.shape) == 5} == {4}

@@ -103,8 +103,9 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
             "train.steps is auto, which decides by validations: give a watch.validate_every of 1 "
             "to train.max_steps."
         )
-    if recipe.data.size % 8:
-        raise Refused(f"data.size is {recipe.data.size}: give a multiple of 8, or 0.")
+    for key in ("size", "dream_size"):
+        if (side := getattr(recipe.data, key)) % 8:
+            raise Refused(f"data.{key} is {side}: give a multiple of 8, or 0.")
     if sources_of(job).dreams:
         dream_plan(job, checkpoint, recipe.target.objective)
     asks = job.measure or validates(recipe) or previews(recipe)

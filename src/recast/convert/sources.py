@@ -100,7 +100,7 @@ def dream_plan(job: Job, checkpoint: Checkpoint, objective: str) -> Plan:
         guidance=data.guidance,
         jitter=data.jitter,
         seed=job.recipe.train.seed,
-        size=data.size or None,
+        size=data.dream_size or data.size or None,
         objective=objective,
         null=data.null,
         zero_share=data.zero_share,

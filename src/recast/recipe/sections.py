@@ -217,6 +217,7 @@ class Data(_Section):
     prompts: Line
     grammar_level: Annotated[int, Field(ge=0, le=5)]
     pictures: Whole
+    dream_size: Whole
     replay_solver: Names
     replay_steps: Count
     guidance: Amount
