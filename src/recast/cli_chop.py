@@ -49,8 +49,9 @@ def chop(
     prompt: Annotated[
         list[str] | None, typer.Option(help="With --explore: what to paint; may be given again.")
     ] = None,
-    likeness: Annotated[
-        float, typer.Option(help="With --explore: the SSIM that the suggested blocks keep.")
+    kept: Annotated[
+        float,
+        typer.Option(help="With --explore: the share of the change that the suggestion keeps."),
     ] = 0.9,
     steps: Annotated[int, typer.Option(min=1, help="With --explore: steps of a picture.")] = 12,
     size: Annotated[
@@ -76,7 +77,7 @@ def chop(
                   "--vector": vector, "--model": model}.items() if given]  # fmt: skip
         if chosen:
             raise Refused(f"--explore paints all blocks of its own model: leave out {chosen[0]}.")
-        asked = Asked(tuple(prompt or ()), seed, steps, likeness, size)
+        asked = Asked(tuple(prompt or ()), seed, steps, kept, size)
         _explore(adapter, explore, out, asked, device, source, force=force, json=json)
         return
     from recast.adapter.formats import open_raw
@@ -112,7 +113,7 @@ class Asked:
     prompts: tuple[str, ...]
     seed: int
     steps: int
-    likeness: float
+    kept: float
     size: str | None
 
 
@@ -142,10 +143,10 @@ def _explore(
         raise Refused("--explore writes a page: give --out page.html.")
     if not asked.prompts:
         raise Refused("--explore paints: give --prompt, with what the adapter was trained on.")
-    if not 0 < asked.likeness <= 1:
-        raise Refused(f"--likeness {asked.likeness:g} is no SSIM: give a number up to 1, like 0.9.")
+    if not 0 < asked.kept <= 1:
+        raise Refused(f"--kept {asked.kept:g} is no share: give a number up to 1, such as 0.9.")
     setting = Setting(
-        asked.prompts, asked.seed, asked.steps, size=pixels(asked.size), likeness=asked.likeness
+        asked.prompts, asked.seed, asked.steps, size=pixels(asked.size), kept=asked.kept
     )
     refuse_target(out, force=force, sources=[adapter])
     ended: list[Explored] = []
@@ -173,7 +174,7 @@ def _explore(
     if json:
         console.emit(facts)
         return
-    say(f"suggested: {facts['suggested']} (likeness {seen.chosen_seen.likeness:.3f}, "
+    say(f"suggested: {facts['suggested']} (keeps {100 * seen.chosen_seen.kept:.1f} %, "
         f"about {amount(small)})")  # fmt: skip
     say(f"Look at {out}")
 

@@ -84,18 +84,18 @@ def test_the_page_suggests_what_makes_the_pictures(
     torch.set_num_threads(1)
     page = tmp_path / "page.html"
     words = ["chop", lora, "--explore", "pocket-xl", "--prompt", "</script><b>a red circle",
-             "--steps", 2, "--likeness", 0.999, "--out", page, "--json"]  # fmt: skip
+             "--steps", 2, "--kept", 0.999, "--out", page, "--json"]  # fmt: skip
     with pytest.raises(SystemExit) as left:
         main([*map(str, words)])
     assert not left.value.code
     found = json.loads(capsys.readouterr().out)
     assert found["suggested"] == "OUT07,OUT08"
-    assert found["likeness"] >= 0.999
+    assert 0.999 <= found["kept"] <= 1
     rows = found["blocks"]
     assert list(rows) == ["IN08", "OUT07", "OUT08"]
     assert rows["IN08"]["without_kept"] > 0.999
     assert rows["IN08"]["alone_kept"] < 0.01
-    assert rows["OUT08"]["without"] < 0.999
+    assert rows["OUT08"]["without_kept"] < 0.999
     text = page.read_text(encoding="utf-8")
     assert "<b>a red circle" not in text
     assert not re.search(r"(src|href)=.?https?:", text)
@@ -117,7 +117,7 @@ def test_the_page_suggests_what_makes_the_pictures(
         (["--out", "x.html"], "give --prompt"),
         (["--prompt", "a", "--out", "x.safetensors"], "page.html"),
         (["--prompt", "a"], "page.html"),
-        (["--prompt", "a", "--out", "x.html", "--likeness", "2"], "no SSIM"),
+        (["--prompt", "a", "--out", "x.html", "--kept", "2"], "no share"),
         (["--prompt", "a", "--out", "x.html", "--keep", "OUT07"], "leave out --keep"),
         (["--prompt", "a", "--out", "x.html", "--size", "63"], "multiples of 8|--size"),
         (["--prompt", "a", "--out", "x.html", "--device", "nowhere"], "--device"),

@@ -5,9 +5,9 @@
     likeness(S) = SSIM(P_S, P_all)                         mean over the prompts
 
 The suggestion is greedy: blocks are added in the order of the harm that leaving them out does,
-until the likeness asked for is reached; then each is tried without, the largest first, and stays
-out where the likeness holds. Every set tried is painted, so that the likeness stated was seen; a
-smaller set may exist.
+until the share asked for is kept; then each is tried without, the largest first, and stays out
+where the share holds. Every set tried is painted, so that what is stated was seen; a smaller set
+may exist. The share and not the likeness decides, because a likeness may be high without any block.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from recast.surgery.mix import Mix
 
 @dataclass(frozen=True)
 class Setting:
-    """What is painted for every set of blocks, and how alike is alike enough."""
+    """What is painted for every set of blocks, and the share of the change to keep."""
 
     prompts: tuple[str, ...]
     seed: int = 0
     steps: int = 12
     scale: float = 3.0
     size: tuple[int, int] | None = None
-    likeness: float = 0.9
+    kept: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Seen:
 
     pictures: tuple[Tensor, ...]
     likeness: float
-    kept: float | None
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def explore(
     yield Stage("explore", 2 * len(names) + 2, "sets of blocks")
     none = _painted(model, mix, (), setting)
     whole = _painted(model, mix, names, setting)
-    seen = Explored(setting, groups, _scored(none, none, whole), _scored(whole, none, whole))
-    if seen.none.kept is None:
+    if not _gap(none, whole):
         raise Refused(
             "the adapter changes no pixel of these pictures: give prompts that it was trained on, "
             "and the model it was made for."
         )
+    seen = Explored(setting, groups, _scored(none, none, whole), _scored(whole, none, whole))
     done = 2
     yield Tick(done)
     for name in names:
@@ -126,14 +126,14 @@ def explore(
 
 
 def _suggest(model: Model, mix: Mix, seen: Explored) -> Iterator[Event]:
-    """Add groups by harm until the likeness is reached, then take out what is not needed."""
+    """Add groups by harm until the share is kept, then take out what is not needed."""
     none, whole, setting = seen.none.pictures, seen.whole.pictures, seen.setting
     size = {group.name: group.bytes for group in seen.groups}
-    order = sorted(size, key=lambda name: seen.without[name].likeness)
+    order = sorted(size, key=lambda name: seen.without[name].kept)
     yield Stage("choose", 2 * len(order), "sets of blocks")
     chosen, best, done = [], seen.none, 0
     for name in order:
-        if best.likeness >= setting.likeness:
+        if best.kept >= setting.kept:
             break
         chosen.append(name)
         best = _scored(_painted(model, mix, chosen, setting), none, whole)
@@ -142,7 +142,7 @@ def _suggest(model: Model, mix: Mix, seen: Explored) -> Iterator[Event]:
     for name in sorted(chosen, key=lambda name: -size[name]):
         fewer = [other for other in chosen if other != name]
         tried = _scored(_painted(model, mix, fewer, setting), none, whole)
-        if tried.likeness >= setting.likeness:
+        if tried.kept >= setting.kept:
             chosen, best = fewer, tried
         done += 1
         yield Tick(done)
@@ -166,8 +166,7 @@ def _painted(
 def _scored(
     pictures: tuple[Tensor, ...], none: tuple[Tensor, ...], whole: tuple[Tensor, ...]
 ) -> Seen:
-    change = _gap(none, whole)
-    kept = 1 - _gap(pictures, whole) / change if change else None
+    kept = 1 - _gap(pictures, whole) / _gap(none, whole)
     return Seen(pictures, agreement(whole, pictures).ssim, kept)
 
 
