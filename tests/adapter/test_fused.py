@@ -36,23 +36,26 @@ def slow(layer: nn.Module, x: Tensor, up: Tensor, down: Tensor, start, scale: fl
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("begins", ["zero", "principal"])
-def test_answer_and_gradients_are_those_of_the_summed_weight(kind: str, begins: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chain", "summed"])
+def test_answer_and_gradients_are_those_of_the_summed_weight(
+    kind: str, begins: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
-    layer = make().double().requires_grad_(False)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    up, down = (nn.Parameter(f.detach().double()) for f in factors(layer))
+    layer = make().to(dtype).requires_grad_(False)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    up, down = (nn.Parameter(f.detach().to(dtype)) for f in factors(layer))
     start, scale = None, 0.5
     if begins == "principal":
-        start, scale = tuple(f.detach().double() for f in factors(layer)), 1.0
+        start, scale = tuple(f.detach().to(dtype) for f in factors(layer)), 1.0
     assert fusable(layer, x)
     wanted = slow(layer, x, up, down, start, scale)
     pull = torch.randn_like(wanted)
     exact = torch.autograd.grad(wanted, [x, up, down], pull)
     made = fused(layer, x, up, down, start, scale)
-    torch.testing.assert_close(made, wanted)
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
     for found, right in zip(torch.autograd.grad(made, [x, up, down], pull), exact, strict=True):
-        torch.testing.assert_close(found, right)
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -67,7 +70,8 @@ def test_it_keeps_no_more_than_the_input_and_its_projection(kind: str) -> None:
         out = fused(layer, x, up, down, start, 1.0)
     known = {id(t) for t in (layer.weight, up, down, *start)}
     sizes = sorted(t.numel() for t in kept if id(t) not in known and t.data_ptr() != x.data_ptr())
-    assert sizes[-1:] == [4 * out.numel() // 10]
+    assert sizes in ([], [4 * out.numel() // 10])
+    assert out.grad_fn is not None
 
 
 def test_a_layer_that_is_listened_to_or_padded_otherwise_takes_the_long_way() -> None:
