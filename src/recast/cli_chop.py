@@ -54,6 +54,7 @@ def chop(
         typer.Option(help="With --explore: the share of the change that the suggestion keeps."),
     ] = 0.9,
     steps: Annotated[int, typer.Option(min=1, help="With --explore: steps of a picture.")] = 12,
+    cfg: Annotated[float, typer.Option(help="With --explore: guidance scale; 1 is none.")] = 3.0,
     size: Annotated[
         str | None,
         typer.Option(help="With --explore: 1024 or 832x1216; the model's own otherwise."),
@@ -77,7 +78,7 @@ def chop(
                   "--vector": vector, "--model": model}.items() if given]  # fmt: skip
         if chosen:
             raise Refused(f"--explore paints all blocks of its own model: leave out {chosen[0]}.")
-        asked = Asked(tuple(prompt or ()), seed, steps, kept, size)
+        asked = Asked(tuple(prompt or ()), seed, steps, kept, cfg, size)
         _explore(adapter, explore, out, asked, device, source, force=force, json=json)
         return
     from recast.adapter.formats import open_raw
@@ -114,6 +115,7 @@ class Asked:
     seed: int
     steps: int
     kept: float
+    scale: float
     size: str | None
 
 
@@ -146,7 +148,7 @@ def _explore(
     if not 0 < asked.kept <= 1:
         raise Refused(f"--kept {asked.kept:g} is no share: give a number up to 1, such as 0.9.")
     setting = Setting(
-        asked.prompts, asked.seed, asked.steps, size=pixels(asked.size), kept=asked.kept
+        asked.prompts, asked.seed, asked.steps, asked.scale, pixels(asked.size), asked.kept
     )
     refuse_target(out, force=force, sources=[adapter])
     ended: list[Explored] = []
