@@ -10,9 +10,10 @@ from tests.convert import small
 
 from recast.adapter import read_adapter
 from recast.checkpoint import Checkpoint
-from recast.convert import Job, prompted
+from recast.convert import Job, prompted, run
 from recast.convert.moving import FEWEST, write_picture
 from recast.errors import Refused
+from recast.events import Stage
 from recast.recipe import Recipe, override
 
 PROMPTS = """# what to look at
@@ -108,6 +109,20 @@ def test_tensorboard_has_the_same(seen: Path) -> None:
     assert {"loss/current", "loss/average", "lr/unet", "grad_norm", "pace/it_s"} <= tags
     assert {"change/OUT", "validation/data"} <= tags
     assert any(tag.startswith("loss/t0") for tag in tags)
+
+
+def test_whether_to_stop_is_asked_once_a_step(home: Path, tmp_path: Path) -> None:
+    """What processes agree on after a step holds for the whole step."""
+    asked: list[str] = []
+    stage = ""
+
+    def stopped() -> int:
+        asked.append(stage)
+        return 0
+
+    for event in run(job(home, tmp_path / "run", recipe(home)), stopped):
+        stage = event.name if isinstance(event, Stage) else stage
+    assert asked.count("train") == 4
 
 
 def test_changes_are_drawn_once_there_are_enough(tmp_path: Path) -> None:

@@ -126,7 +126,6 @@ def follow(
             if step.skipped:
                 yield Note(f"Step {step.step} is skipped: loss {step.loss}, norm {step.grad_norm}.")
             watch.check(step.step)
-            signal = stopped()
             if keep is not None and saving.due(course.recipe, step.step):
                 with course.shown():
                     keep(step.step, attached.trained())
