@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.convert import small
+from tests.convert.test_convert_resume import Stop
 from tests.model import turns
 
 from recast.convert import Job, run
 from recast.convert.fixed import FIXED, PREVIEWS
+from recast.convert.folder import Stopped
 from recast.evaluate.report import load_report
 from recast.events import Event, Note
 from recast.recipe import Recipe, override
@@ -101,3 +103,10 @@ def test_every_stage_of_an_sdxl_run_in_bf16_is_forecast_below_8_gb(
     assert found["paint"].held == 5_134_927_368
     assert max(call.total for call in found.values()) < 8e9
     assert all(call.alive > 0 for call in found.values())
+
+
+def test_a_run_can_be_stopped_between_two_captions(home: Path, tmp_path: Path) -> None:
+    broken = job(home, tmp_path, recipe(home))
+    with pytest.raises(Stopped, match="while encoding captions"):
+        Stop("encode captions").follow(broken)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2  # "" and the first

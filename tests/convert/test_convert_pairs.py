@@ -32,15 +32,20 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_with_the_pairs_of_another_one_ends_with_the_same_bytes(
+def learnt(out: Path) -> list[tuple[object, ...]]:
+    """What a run's log says of its steps, without the clock."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["t"], row["losses"], row["grad_norm"]) for row in rows]
+
+
+def test_a_run_with_the_pairs_of_another_one_learns_the_same(
     whole: Path, home: Path, tmp_path: Path
 ) -> None:
     # the folder's plan counts, not what this recipe would dream of
     other = job(home, tmp_path / "run", pictures=50, replay_steps=9, guidance=7.0)
     small.convert(replace(other, pairs=whole / "pairs"))
     assert not (tmp_path / "run" / "pairs").exists()
-    ours, theirs = ((out / "log.jsonl").read_text() for out in (tmp_path / "run", whole))
-    assert ours == theirs
+    assert learnt(tmp_path / "run") == learnt(whole)
 
 
 def test_the_plan_beside_the_pairs_is_the_plan_they_were_dreamt_by(whole: Path, home: Path) -> None:
@@ -99,8 +104,7 @@ def test_finished_pictures_cannot_be_replayed(
     fit = replace(job(home, tmp_path / "run"), pairs=pairs)
     assert "no states to replay" in refused(words(fit), tmp_path / "whole", capsys)
     small.convert(replace(made, out=tmp_path / "again", pairs=pairs))
-    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("again", "whole")]
-    assert logs[0] == logs[1]
+    assert learnt(tmp_path / "again") == learnt(tmp_path / "whole")
 
 
 def changed(fit: Job, key: str, value: object) -> Job:

@@ -6,7 +6,6 @@ Both hand out draws as a pure function of (seed, step), so a resumed run goes on
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -21,14 +20,13 @@ from recast.convert.folder import Folder, Stopped
 from recast.convert.found import examples_of, found_in
 from recast.convert.networks import trains_text
 from recast.convert.noising import draw, drawn, remarks
-from recast.convert.opening import opened
+from recast.convert.opening import encode_captions, opened
 from recast.convert.replay import ZERO, Replay
 from recast.convert.selfmade import Selfmade, finished
 from recast.convert.sources import dream_plan, skips_broken, sources_of
 from recast.convert.texts import Told
 from recast.data.ahead import Ahead
 from recast.dream import Shard, dream, read_shards
-from recast.errors import Refused
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.objective import Objective
 from recast.recipe import Recipe
@@ -191,10 +189,7 @@ def from_images(
     yield Note(f"The cache of images and captions takes {amount(size)}.")
     if fresh:
         require_room(folder.root, size)
-    # all captions before any picture: the VAE takes the text encoders' place on the device
-    for caption in texts(found):
-        with suppress(Refused):  # said of its picture below
-            store.text(caption)
+    yield from encode_captions(texts(found), store, stopped)
     yield Stage("encode images", len(found.examples), "images")
     made = []
     for entry in prepare(found, store, on_broken=on_broken):
