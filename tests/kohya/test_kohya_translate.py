@@ -191,6 +191,8 @@ def test_paths_are_told_to_the_run() -> None:
     found = command("--output_dir=out", "--output_name=mine")
     assert (found.model, found.images, found.out) == ("a.safetensors", "pics", "out/mine")
     assert command("--training_comment=hello").recipe.about == "hello"
+    for flags in (["--dataset_config=d.toml"], ["--dataset_config=d.toml", BASE[-1]]):
+        assert command(*flags).images == "d.toml"
 
 
 def test_what_has_no_effect_says_why() -> None:

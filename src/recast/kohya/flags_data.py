@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recast.kohya.flag import Flag, Turn, idle, key, refused, through, told
-from recast.kohya.turns import resolution
+from recast.kohya.turns import folder, resolution
 
 CACHED = "latents are always kept on disk, keyed by image, VAE and crop"
 TOLD = "text embeddings are always kept on disk, also of shuffled and dropped captions"
@@ -16,7 +16,7 @@ def same(name: str) -> Turn:
 
 # fmt: off
 DATA = (
-    Flag("train_data_dir", "word", told("IMAGES"),
+    Flag("train_data_dir", "word", through(folder, "IMAGES"),
         "with folders such as `10_name` in it, or images"),
     Flag("reg_data_dir", "word",
         refused("name regularisation folders in a --dataset_config, with is_reg = true")),

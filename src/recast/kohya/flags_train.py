@@ -85,6 +85,8 @@ LAUNCHED = (
     Flag("dynamo_backend", "word", idle("train.compile says whether to compile")),
     Flag("config_file", "word",
         idle("accelerate's own settings; --mixed_precision is the script's")),
+    Flag("dynamo_mode", "word", idle("train.compile says whether to compile")),
+    Flag("enable_cpu_affinity", "switch", idle(PROCESSES)),
     Flag("quiet", "switch", idle("nothing of accelerate is printed")),
     Flag("cpu", "switch", idle("give recast kohya --device cpu")),
     Flag("use_cpu", "switch", idle("give recast kohya --device cpu")),

@@ -179,6 +179,13 @@ def resolution(value: str, given: Given) -> Outcome:
     return {"data.size": round((width * height) ** 0.5)}
 
 
+def folder(value: str, given: Given) -> Outcome:
+    """The images, unless a dataset file says where they are."""
+    if "dataset_config" in given:
+        return Idle("--dataset_config goes before it, as in sd-scripts")
+    return {"IMAGES": value}
+
+
 def of_vae(name: str) -> Any:
     """A number that says something of --vae."""
 
