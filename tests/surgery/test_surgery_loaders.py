@@ -21,6 +21,11 @@ from recast.surgery.slicing import Cutting, assemble
 from recast.surgery.traits import TRAITS
 
 RANK = 3
+SOURCES = [
+    "kohya.safetensors",
+    pytest.param("peft", marks=pytest.mark.slow),
+    pytest.param("diffusers.safetensors", marks=pytest.mark.slow),
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def near(found: Tensor, wanted: Tensor) -> None:
     assert off < 1e-5, off
 
 
-@pytest.mark.parametrize("source", ["kohya.safetensors", "peft", "diffusers.safetensors"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_resized_adapter_answers_as_the_dense_truncation(
     case: Case, source: str, tmp_path: Path
@@ -107,14 +112,7 @@ def test_a_resized_adapter_answers_as_the_dense_truncation(
         near(answer(net, case.layout, part), wanted)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "kohya.safetensors",
-        pytest.param("peft", marks=pytest.mark.slow),
-        pytest.param("diffusers.safetensors", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_sliced_adapter_changes_its_part_alone(case: Case, source: str, tmp_path: Path) -> None:
     """The UNet at half strength, without text encoders; LyCORIS, PEFT and diffusers agree."""
