@@ -85,32 +85,6 @@ def data(
         )
 
 
-def of_images(recipe: Recipe, source: Path, on_missing_caption: str | None = None) -> Recipe:
-    """A recipe with what the source itself says of a run: a dataset file's batch size.
-
-    Tells what won, and which of the file's keys have no effect.
-    """
-    from recast.recipe import override
-
-    recipe = with_policy(recipe, on_missing_caption)
-    if source.suffix.lower() != ".toml":
-        return recipe
-    from recast.data import dataset_file
-    from recast.data.subset import from_recipe
-
-    found = dataset_file.read(source, from_recipe(recipe.images))
-    for remark in found.remarks:
-        console.ERR.print(remark, markup=False, highlight=False)
-    if found.batch is None or found.batch == recipe.train.batch:
-        return recipe
-    console.ERR.print(
-        f"train.batch is {found.batch}, as {source} has it, and not the recipe's "
-        f"{recipe.train.batch}.",
-        markup=False, highlight=False,
-    )  # fmt: skip
-    return override(recipe, batch=found.batch)
-
-
 def with_policy(recipe: Recipe, on_missing_caption: str | None) -> Recipe:
     """A recipe with the command line's policy for pictures without a caption."""
     from recast.recipe import override

@@ -28,7 +28,7 @@ from recast.cli_common import (
     model_path,
     vae_path,
 )
-from recast.cli_data import Missing, of_images
+from recast.cli_data import Missing, with_policy
 from recast.errors import Refused
 from recast.show import say, show, show_file
 
@@ -184,7 +184,7 @@ def train(
               "conv_alpha": conv_alpha, "merge": merge or None,
               "weights": None if from_ is None else str(from_)}  # fmt: skip
     layers = f"{how.train.profile},te" if te else None
-    how = with_vae(of_images(how, images, on_missing_caption), vae, vae_scale, vae_shift)
+    how = with_vae(with_policy(how, on_missing_caption), vae, vae_scale, vae_shift)
     job = Job(
         model_path(model), out, override(how, lr=lr, profile=layers, network=chosen),
         images=images, source=source, far=far,

@@ -14,7 +14,7 @@ from recast.checkpoint import Checkpoint, write_dict
 from recast.convert import Job, run, training
 from recast.layout import detect, latents
 from recast.layout.names import VAE
-from recast.recipe import load, override
+from recast.recipe import load
 from recast.train import Draw
 
 SET = """
@@ -91,7 +91,8 @@ def test_weights_and_masks_of_the_file_reach_the_draws(
             yield draw
 
     monkeypatch.setattr(training, "checked", watched)
-    how = override(load(str(place / "two.toml")), batch=4)
+    (place / "set.toml").write_text(SET.replace("batch_size = 2", "batch_size = 4"))
+    how = load(str(place / "two.toml"))
     job = Job(
         home / "sd15.safetensors", place / "run", how, images=place / "set.toml", measure=False
     )

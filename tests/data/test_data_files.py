@@ -203,6 +203,9 @@ def test_kohya_s_metadata(tmp_path: Path) -> None:
     assert "d.png: is not named" in found.problems[0].what
     text = f"[[datasets]]\n[[datasets.subsets]]\n{DIR}\nmetadata_file='cats/meta.json'"
     assert kohya(gather(written(tmp_path, text)).examples) == kohya(found.examples)
+    (folder / "a.txt").write_text("beside")
+    (folder / "d.txt").write_text("its own")
+    assert kohya(gather(meta).examples) == {**kohya(found.examples), "d.png": "its own"}
 
 
 def test_hugging_face_s_metadata_lies_in_the_folder(tmp_path: Path) -> None:

@@ -73,12 +73,15 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     """
     from recast.convert.assist import assist, widened
     from recast.convert.files import write_files
+    from recast.convert.found import with_dataset
 
     processes.join()
+    job, remarks = with_dataset(job)
     job, stopped = widened(job), processes.passed_on(stopped)
     if not processes.first():
         yield from assist(job, stopped)
         return
+    yield from map(Note, remarks)
     with open_checkpoint(job.model) as checkpoint:
         source, objective, identity = yield from prepare(checkpoint, job)
         with lock(job.out):

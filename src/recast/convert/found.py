@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from recast.convert.sources import images_of
 from recast.errors import Refused
-from recast.recipe import Recipe
+from recast.recipe import Recipe, override
 
 if TYPE_CHECKING:
+    from recast.convert import Job
     from recast.data.folder import Example
     from recast.data.folder import Folder as Found
 
@@ -30,6 +33,21 @@ def examples_of(
 ) -> tuple[Example, ...]:
     """The images of a folder by name; raises Refused for an empty one, naming broken ones."""
     return found_in(images, skip_broken=skip_broken, recipe=recipe).examples
+
+
+def with_dataset(job: Job) -> tuple[Job, tuple[str, ...]]:
+    """A job with its dataset file's batch size, and what the user should know of that file."""
+    from recast.data import dataset_file
+    from recast.data.subset import from_recipe
+
+    source, batch = images_of(job), job.recipe.train.batch
+    if source is None or source.suffix.lower() != ".toml":
+        return job, ()
+    found = dataset_file.read(source, from_recipe(job.recipe.images))
+    if found.batch is None or found.batch == batch:
+        return job, found.remarks
+    said = f"train.batch is {found.batch}, as {source} has it, and not the recipe's {batch}."
+    return replace(job, recipe=override(job.recipe, batch=found.batch)), (*found.remarks, said)
 
 
 def check_sizes(examples: tuple[Example, ...], side: int, *, skip_broken: bool) -> None:

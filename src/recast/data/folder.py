@@ -172,14 +172,17 @@ def read_place(
         if suffix.lower() not in SUFFIXES:
             continue
         beside, path = captions.get(stem, []), f"{place}/{name}"
-        known = None if table is None else table.of(inner + name, path)
-        if known is None and own is not None:
-            known = own.of(name, path)
+        listed_as = None if table is None else table.of(inner + name, path)
+        if listed_as is not None:
+            beside = []  # a metadata file that was named goes before what lies beside
+        known = own.of(name, path) if own is not None and listed_as is None else None
         what = misplaced(name, beside, outside, owners.setdefault(stem, name), known)
         if what:
             yield Problem(place / name, f"{place}/{what}")
             continue
-        text = read_caption(f"{place}/{beside[0]}", how.enable_wildcard) if beside else known
+        text: str | Problem | None = known if listed_as is None else listed_as
+        if beside:
+            text = read_caption(f"{place}/{beside[0]}", how.enable_wildcard)
         if text is None:
             text = missing(path, how, fallback) if table is None else unlisted(path, how)
         elif isinstance(text, str) and not how.enable_wildcard:
