@@ -65,10 +65,12 @@ def check(checkpoint: Checkpoint, job: Job, source: str, objective: str) -> None
             f"--pairs {job.pairs} were dreamt from {predicts} to {plan.objective}, and this run "
             f"goes from {source} to {objective}: dream with --to {objective}."
         )
-    own = preferred_size(checkpoint, detect(checkpoint))
-    if (plan.size or own) != (job.recipe.data.size or own):
+    side = plan.size or preferred_size(checkpoint, detect(checkpoint))
+    wanted = job.recipe.data.dream_size or job.recipe.data.size or side
+    if side != wanted:
         raise Refused(
-            f"--pairs {job.pairs} are of {plan.size or own} pixels: set data.size to that."
+            f"--pairs {job.pairs} are of {side} pixels and the recipe wants {wanted}: set "
+            "data.dream_size to theirs."
         )
     if plan.last and sources_of(job).dreams == "replay":
         raise Refused(
