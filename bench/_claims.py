@@ -162,11 +162,13 @@ def direction(arm: str) -> Any:
 
 
 def larger(arms: Arms) -> str | None:
-    """Drift at twice the side, of the original's answers' power, against that at once the side."""
-    if not arms.values("default", "drift_2x"):
-        return None
-    once, twice = arms.mean("default", "drift_1x"), arms.mean("default", "drift_2x")
-    return f"{twice:.4f} against {once:.4f}: x {twice / once:.2f}"
+    """Drift at twice the side over that at the model's own, each of the answers' power there."""
+    found = []
+    for arm, about in (("default", "default"), ("dream-128", "dreams of twice the side")):
+        if arms.values(arm, "drift_2x"):
+            once, twice = arms.mean(arm, "drift_1x"), arms.mean(arm, "drift_2x")
+            found.append(f"{about}: {twice:.4f} against {once:.4f}, x {twice / once:.2f}")
+    return "; ".join(found) or None
 
 
 FIGURES = (

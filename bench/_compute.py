@@ -18,18 +18,21 @@ def compute(job: Job) -> Row:
     """Forward-equivalents of the arm: those of its training steps, and of making its pictures."""
     from recast.checkpoint import Checkpoint
     from recast.convert.sources import pictures_of, sources_of
+    from recast.layout import detect
     from recast.markers import read_objective
+    from recast.model.load import preferred_size
 
     how, data = job.recipe.train, job.recipe.data
     with Checkpoint(job.model) as checkpoint:
+        side = preferred_size(checkpoint, detect(checkpoint))
         source = str(read_objective(checkpoint.specs, checkpoint.metadata).objective)
-    given = sources_of(job)
+    given, larger = sources_of(job), (data.dream_size / side) ** 2 if data.dream_size else 1
     one, step, held = operations(job, source, replay=given.images is None)
     if given.images and given.dreams == "replay":
         dearer, cheaper = step, operations(job, source, replay=True)[1]
-        step = data.mix_share * dearer + (1 - data.mix_share) * cheaper
+        step = data.mix_share * dearer + (1 - data.mix_share) * cheaper * larger
     steps = taken(job.out)
-    dreamt = pictures_of(job) * data.replay_steps * 2 if given.dreams else 0
+    dreamt = pictures_of(job) * data.replay_steps * 2 * larger if given.dreams else 0
     trained = steps * how.batch * how.accumulate * step / one
     return {
         "forwards": round(trained + dreamt), "step": round(step / one, 3), "steps": steps,
