@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tests.convert import small
 
 from recast.adapter import read_adapter
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, prompted, run
+from recast.convert.folder import Folder
 from recast.convert.moving import FEWEST, write_picture
 from recast.errors import Refused
 from recast.events import Stage
 from recast.recipe import Recipe, override
+from recast.text.encode import Condition
 
 PROMPTS = """# what to look at
 a red kite over dunes --n blurry --w 64 --h 96 --d 7 --l 2 --s 2 --ss euler_a
@@ -152,6 +155,30 @@ def test_what_cannot_be_painted_is_refused_before_anything_is_written(
     with pytest.raises(Refused, match=said):
         small.convert(job(home, tmp_path / "run", recipe(home, watch=watch)))
     assert not (tmp_path / "run").exists()
+
+
+class Encoder:
+    """Stands for a model: a condition is the length of its prompt."""
+
+    def condition(self, prompts: list[str], size: object = None) -> Condition:
+        return Condition(torch.full((1, 2, 3), float(len(prompts[0]))))
+
+    def latent_shape(self, size: object = None) -> tuple[int, int, int]:
+        return (4, 8, 8)
+
+
+def test_lines_that_changed_while_a_run_was_interrupted_are_encoded_anew(
+    home: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.txt"
+    how, folder = recipe(home, watch={"prompts": str(file)}), Folder(tmp_path, "run")
+    for text in ("abc\n", "abc\nabcdef\n", "abcd\n"):
+        file.write_text(text, encoding="utf-8")
+        prompted.prepare(Encoder(), folder, how)  # type: ignore[arg-type]
+        found = prompted.read(tmp_path, how)
+        assert [line.condition.context[0, 0, 0] for line in found] == [
+            len(line) for line in text.split()
+        ]
 
 
 def test_lines_take_from_the_recipe_what_they_leave_open(home: Path) -> None:

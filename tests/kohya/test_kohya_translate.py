@@ -233,6 +233,7 @@ def test_sd15_has_one_text_encoder() -> None:
         ("--deepspeed", "--deepspeed cannot be honoured"),
         ("--log_with=wandb", "--log_with cannot be honoured"),
         ("--v2", "--v2 cannot be honoured"),
+        ("--sample_prompts=p.toml", "--sample_prompts p.toml is no file of lines"),
         ("--sample_sampler=pndm", "--sample_sampler pndm is none of the samplers here"),
         ("--lr_scheduler=piecewise_constant", "train.schedule is 'piecewise_constant'"),
         ("stray", "--train_data_dir takes one value"),

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from recast.objective import Objective
 
 FILE = "watch/prompts.safetensors"
-MOST = 64  # lines
+LINES = "recast.lines"  # the file may change while a run is interrupted
+MOST = 64  # of them
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,21 @@ def check(recipe: Recipe) -> None:
 
 
 def prepare(model: Model, folder: Folder, recipe: Recipe) -> None:
-    """Write the conditions of all lines, unless this run has them already."""
-    if not recipe.watch.prompts or folder.has(FILE):
+    """Write the conditions of all lines, unless this run has those of the very same already."""
+    if not recipe.watch.prompts:
         return
+    lines = lines_of(recipe)
+    if folder.has(FILE):
+        with Checkpoint(folder.path(FILE)) as file:
+            if file.metadata.get(LINES) == repr(lines):
+                return
     tensors: dict[str, Tensor] = {}
-    for k, prompt in enumerate(lines_of(recipe)):
+    for k, prompt in enumerate(lines):
         line = encoded(model, prompt, recipe)
         tensors |= pack(line.condition, f"line{k}")
         if line.negative is not None:
             tensors |= pack(line.negative, f"without{k}")
-    write_dict(folder.path(FILE), tensors, folder.stamp(), force=True)
+    write_dict(folder.path(FILE), tensors, {**folder.stamp(), LINES: repr(lines)}, force=True)
 
 
 @torch.no_grad()

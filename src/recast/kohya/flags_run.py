@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recast.kohya.flag import Flag, choice, idle, key, refused, through
-from recast.kohya.turns import last_steps, out, sampler, samples
+from recast.kohya.turns import last_steps, out, prompts, sampler, samples
 
 HUB = "nothing is sent to a hub"
 SAID = "the header says recipe, parents and objective; recast mark writes more"
@@ -39,7 +39,8 @@ RUN = (
     Flag("sample_every_n_steps", "whole", samples("watch.previews_every")),
     Flag("sample_every_n_epochs", "whole", samples("watch.previews_epochs")),
     Flag("sample_at_first", "switch", samples("watch.previews_first")),
-    Flag("sample_prompts", "word", key("watch.prompts"), "in sd-scripts' own grammar"),
+    Flag("sample_prompts", "word", through(prompts, "watch.prompts"),
+        "in sd-scripts' own grammar; .txt"),
     Flag("sample_sampler", "word", through(sampler, "watch.preview_solver")),
     Flag("validation_split", "number", key("watch.validate_share")),
     Flag("validation_seed", "whole", idle("what is held out follows train.seed")),

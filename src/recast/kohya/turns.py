@@ -145,6 +145,13 @@ def sampler(value: str, given: Given) -> Outcome:
     return {"watch.preview_solver": SOLVERS[value]}
 
 
+def prompts(value: str, given: Given) -> Outcome:
+    """A prompts file of lines; those of sd-scripts' other kinds would be read as prompts."""
+    if value.lower().endswith((".toml", ".json")):
+        raise Refused("{flag} " + value + " is no file of lines: write a prompt a line as .txt.")
+    return {"watch.prompts": value}
+
+
 def samples(name: str) -> Turn:
     """A key of previews, which there are none of without a prompts file."""
 
