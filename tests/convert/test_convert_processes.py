@@ -121,8 +121,8 @@ def test_a_verb_that_cannot_be_shared_is_refused_once(home: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_ends_both_and_one_process_goes_on(home: Path) -> None:
     whole, out = home / "whole", home / "stopped"
-    assert ended(launch(words(home, whole, accumulate=2, steps=40), home / "logs5", 1)) == [0]
-    started = launch(words(home, out, accumulate=1, steps=40), home / "logs6")
+    assert ended(launch(words(home, whole, accumulate=2, steps=8), home / "logs5", 1)) == [0]
+    started = launch(words(home, out, accumulate=1, steps=8), home / "logs6")
     until = time.monotonic() + 200
     while not latest(out / "state") and time.monotonic() < until:
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(home: Path) -> None:
     assert ended(started) == [143, 143]
     assert len(said(home / "logs6")) == 1
     assert not (out / "adapter.safetensors").exists()
-    assert ended(launch(words(home, out, accumulate=2, steps=40), home / "logs7", 1)) == [0]
+    assert ended(launch(words(home, out, accumulate=2, steps=8), home / "logs7", 1)) == [0]
     assert trained(out) == trained(whole)
     assert logged(out) == logged(whole)
 

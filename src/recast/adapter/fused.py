@@ -14,7 +14,7 @@ there they are added to the answer, in place, and x and A x are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ class Geometry:
         return found[0], found[1]
 
 
-def fusable(layer: nn.Module, x: Tensor) -> bool:
+def fusable(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether a layer is a plain one: nothing listens to it, and no autocast chooses its dtype."""
-    if layer._forward_hooks or layer._forward_pre_hooks or torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if layer._forward_hooks or layer._forward_pre_hooks or cast:
         return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same"
