@@ -41,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=None, help="instead of the recipe's")
+    parser.add_argument(
+        "--formula", action="store_true", help="SAVEUS as its formula says, not as it was published"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     original = open_model(pocket.path("pocket-xl"))
@@ -54,17 +57,19 @@ def main() -> None:
     rows: list[dict[str, Any]] = [row("original", judge, before, asked, old)]
     for seed in range(given.seeds):
         write_folder(RUNS / f"images-{seed}", taught, seed)
-        out = RUNS / f"seed{seed}-lr{given.lr or 'recipe'}"
+        name = "fast-80" + (f", lr {given.lr:g}" if given.lr else "")
+        name += ", in_place = false" if given.formula else ""
+        out = RUNS / f"{name.replace(', ', '-').replace(' ', '')}-{seed}"
         began = time.process_time()
-        train(RUNS / f"images-{seed}", out, seed, given.lr)
+        train(RUNS / f"images-{seed}", out, seed, given.lr, formula=given.formula)
         seconds = time.process_time() - began
         made = painted(open_model(out / "model.safetensors"), prompts)
-        name = f"fast-80, seed {seed}" + (f", lr {given.lr:g}" if given.lr else "")
-        rows.append(row(name, judge, made, asked, old) | {"cpu_s": round(seconds)})
+        found = row(f"{name}, seed {seed}", judge, made, asked, old)
+        rows.append(found | {"cpu_s": round(seconds)})
     write({"ceiling": ceiling, "rows": rows})
 
 
-def train(images: Path, out: Path, seed: int, lr: float | None) -> None:
+def train(images: Path, out: Path, seed: int, lr: float | None, *, formula: bool) -> None:
     """Run the recipe, or what is missing of it."""
     from recast import pocket
     from recast.convert import Job, run
@@ -76,6 +81,8 @@ def train(images: Path, out: Path, seed: int, lr: float | None) -> None:
         data={"size": 64}, images={"enable_bucket": False}, network={"merge": True},
         watch={"previews_every": 0}, save={"every": 0},
     )  # fmt: skip
+    if formula:
+        recipe = override(recipe, train={"optimizer_args": {"in_place": False}})
     for _ in run(Job(pocket.path("pocket-xl"), out, recipe, images=images, measure=False)):
         pass
 
