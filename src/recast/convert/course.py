@@ -18,7 +18,7 @@ from recast.convert.watch import Looked, Watch
 from recast.errors import NotFinite
 from recast.events import Note
 from recast.objective import Objective
-from recast.optim import ONE_RATE, averaged, build
+from recast.optim import ONE_RATE, OPTIMIZERS, averaged, build
 from recast.recipe import Recipe
 from recast.train import Ema, Step, latest, load, log_length, plainly, rounding, save
 
@@ -123,10 +123,10 @@ class Course:
             if not self.rollbacks:
                 raise error
             raise NotFinite(
-                f"{error}; it has gone back to an earlier state {self.rollbacks} times already, "
-                f"the rate is {self.factor:g} of train.lr: the last state is kept, take another "
-                "train.lr under another --out"
+                f"{error}: it went back to an earlier state already and on at {self.factor:g} of "
+                "train.lr; the last state is kept, give another train.lr and --out"
             ) from error
+        self.optimizer.state.clear()  # these moments leave before others come
         attached.restart()
         fresh = Course.begun(model, attached, self.recipe, objective, self.root, self.identity)
         for _ in fresh.resume():  # what is damaged has been told
@@ -146,7 +146,8 @@ class Course:
         how = self.recipe.train
         if how.masters == "fp32" or hasattr(self.optimizer, "eval"):
             return plainly
-        return partial(rounding.move, together=how.optimizer in ONE_RATE)
+        alone = how.optimizer in OPTIMIZERS and how.optimizer not in ONE_RATE
+        return partial(rounding.move, together=not alone)
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The same steps; the run's end is cut to the one after which its minutes are over."""
