@@ -11,7 +11,7 @@ from PIL import Image
 from recast.data import dataset_file
 from recast.data.folder import Example
 from recast.data.gather import gather
-from recast.data.subset import Subset, from_recipe
+from recast.data.subset import PLAIN, Subset, from_recipe
 from recast.errors import Refused
 from recast.recipe import load, override
 
@@ -257,3 +257,8 @@ def test_wildcard_lines_are_kept_and_joined_otherwise(tmp_path: Path) -> None:
     assert gather(folder).examples[0].caption == "one way another"
     lines = gather(folder, Subset(enable_wildcard=True)).examples[0].caption
     assert lines == "one way\nanother"
+
+
+def test_every_recipe_that_says_nothing_of_images_leaves_a_plain_folder_plain() -> None:
+    assert from_recipe(load().images) == PLAIN
+    assert from_recipe(load("train").images) == PLAIN
