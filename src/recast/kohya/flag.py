@@ -121,5 +121,7 @@ def turned(row: Flag, value: Any, given: Given, name: str) -> Outcome:
     """What a row makes of a value, with the reason for nothing; a refusal names the flag."""
     try:
         return row.turn.apply(value, given)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{name} takes a number, not {value!r}.") from error
     except Refused as error:
         raise Refused(str(error).replace("{flag}", name)) from error

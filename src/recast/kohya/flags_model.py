@@ -20,7 +20,7 @@ MODEL = (
     Flag("tokenizer_cache_dir", "word", idle("CLIP's vocabulary ships with Recast")),
     Flag("vae", "word", key("data.vae"),
         "what is trained then is the adapter to its latent space"),
-    Flag("no_half_vae", "switch", idle("the VAE never runs in 16 bit here where that overflows")),
+    Flag("no_half_vae", "switch", idle("the VAE runs in float32 in any case")),
     Flag("clip_skip", "whole", through(clip_skip),
         "SDXL's layer is fixed in sd-scripts too; for SD 1.5 only 1 is honoured"),
     Flag("max_token_length", "whole",
@@ -30,7 +30,8 @@ MODEL = (
     Flag("disable_mmap_load_safetensors", "switch",
         idle("files are read a tensor at a time, never mapped")),
     Flag("lowram", "switch", idle("one tensor at a time is in memory while the model is opened")),
-    Flag("highvram", "switch", idle("no part is moved in and out during training")),
+    Flag("highvram", "switch",
+        idle("parts leave the device only where a large picture is decoded")),
 )
 # fmt: on
 

@@ -39,11 +39,13 @@ def network(value: Any, given: Given) -> Outcome:
         "network.alpha": float(given.get("network_alpha", ALPHA)),
     }
     dim, alpha = (usual.get(str(default), default) for default in MODULES[value])
+    convs: Settings = {"network.conv_dim": dim, "network.conv_alpha": alpha}
+    for name in said.keys() & {"conv_dim", "conv_alpha"}:
+        convs |= settled(ROWS[name], said[name], given, f"--network_args {name}")
     return {
         **usual,
+        **convs,
         "network.kind": "lora",
-        "network.conv_dim": int(said.get("conv_dim", dim)),
-        "network.conv_alpha": float(said.get("conv_alpha", alpha)),
         "train.profile": ",".join(layers(value, said, given)),
     }
 
@@ -67,14 +69,26 @@ def layers(module: str, said: Mapping[str, Any], given: Given) -> list[str]:
 def network_arguments(value: Sequence[str], given: Given) -> Outcome:
     """What the arguments become, each by its own row; some belong to the module as a whole."""
     settings: Settings = {}
-    for name, said in pairs(value, "network_args").items():
+    read = pairs(value, "network_args")
+    for name, said in read.items():
         if name not in ROWS:
             raise Refused(
                 f"{{flag}} {name}: there is no such argument; did you mean "
                 f"{get_close_matches(name, ROWS, 1, 0.0)[0]}?"
             )
-        settings |= settled(ROWS[name], said, given, f"--network_args {name}")
+        settings |= settled(ROWS[name], said, {**given, **read}, f"--network_args {name}")
     return settings
+
+
+def rank_dropout(value: Any, given: Given) -> Outcome:
+    """Directions that stay are scaled up, as networks.lora does always and LyCORIS if told."""
+    plain = given.get("network_module") == "lycoris.kohya" and not given.get("rank_dropout_scale")
+    if float(value) > 0 and plain:
+        raise Refused(
+            "{flag}: LyCORIS leaves the directions that stay as they are, Recast scales them up: "
+            "add rank_dropout_scale=True for that."
+        )
+    return {"network.rank_dropout": float(value)}
 
 
 # of --network_args: those of networks.lora, then those of LyCORIS
@@ -83,7 +97,8 @@ NETWORK_ARGS = (
     Flag("conv_dim", "word", key("network.conv_dim", int)),
     Flag("conv_alpha", "word", key("network.conv_alpha", float)),
     Flag("dropout", "word", key("network.dropout", float)),
-    Flag("rank_dropout", "word", key("network.rank_dropout", float)),
+    Flag("rank_dropout", "word", through(rank_dropout, "network.rank_dropout"),
+        "what stays is scaled up"),
     Flag("module_dropout", "word", key("network.module_dropout", float)),
     Flag("verbose", "word", idle("every layer is accounted for in any case")),
     Flag("block_dims", "word", refused("one rank holds for all blocks")),
@@ -109,7 +124,7 @@ NETWORK_ARGS = (
         refused("convolutions are factored in two, which every loader reads")),
     Flag("use_cp", "word", refused("convolutions are factored in two, which every loader reads")),
     Flag("use_scalar", "word", refused("a change has no scalar of its own")),
-    Flag("rank_dropout_scale", "word", refused("what is left of a change is not scaled up")),
+    Flag("rank_dropout_scale", "word", idle("what stays is scaled up in any case")),
     Flag("dora_wd", "word", refused("weights are not decomposed into length and direction")),
     Flag("wd_on_output", "word", idle("it says how --network_args dora_wd works")),
     Flag("train_norm", "word",
