@@ -46,8 +46,7 @@ class Trait:
 
     def _fits(self, module: str, name: str) -> bool:
         wanted = any(_matches(pattern, module, name) for pattern in self.whitelist)
-        banned = (pattern for pattern in self.blacklist if pattern != "alpha")
-        return wanted and not any(_matches(pattern, module, name) for pattern in banned)
+        return wanted and not any(_matches(pattern, module, name) for pattern in self.blacklist)
 
 
 def _matches(pattern: str, module: str, name: str) -> bool:
