@@ -136,9 +136,20 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how", [{"weighting": "edm2"}, {"times": "loss-aware"}, {"optimizer": "prodigyplus", "lr": 1.0}]
-)
+def test_a_process_that_is_killed_takes_the_other_with_it(home: Path) -> None:
+    out = home / "killed"
+    started = launch(words(home, out, steps=30), home / "logs8")
+    until = time.monotonic() + 200
+    while not latest(out / "state") and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(started[1].pid, signal.SIGKILL)
+    assert ended(started)[0] == 1
+    (line,) = said(home / "logs8")
+    assert "another process of this run has ended" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"weighting": "edm2"}, {"times": "loss-aware"}])
 def test_what_is_learned_beside_is_shared_too(home: Path, how: dict[str, object]) -> None:
     name = "-".join(map(str, how.values()))
     one, two = home / f"{name}-1", home / f"{name}-2"
