@@ -143,7 +143,7 @@ def test_an_ill_run_goes_back_and_on_at_half_the_rate(
 def test_before_any_state_it_goes_back_to_the_beginning(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = how(3, schedule="constant", rank=2, profile="principal")
+    wanted = how(3, schedule="constant")
     Ill(monkeypatch, lambda call: call <= 3)
     mended = run(model, wanted, tmp_path / "ill")
     assert [line["step"] for line in lines(tmp_path / "ill")] == [1, 2, 3]
@@ -158,7 +158,7 @@ def test_killed_after_going_back_it_ends_with_the_same_bytes(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps after the return are lost, the state of step 2 knows nothing of it."""
-    wanted = how(8)
+    wanted = how()
     sick = {3, 4, 5}
     ill = Ill(monkeypatch, lambda call: call in sick)
     whole = run(model, wanted, tmp_path / "whole")
@@ -272,7 +272,7 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(half: Model, tmp_path: 
 
 
 def test_recomputing_keeps_less_and_changes_nothing(model: Model, tmp_path: Path) -> None:
-    plain, again = (how(2, profile="unet", recompute=value) for value in (False, True))
+    plain, again = (how(1, profile="unet", recompute=value) for value in (False, True))
     assert same(run(model, plain, tmp_path / "one"), run(model, again, tmp_path / "two"))
     sites = model.layout.sites("unet")
     attached = attach({"unet": model.unet}, zeros_full(model.checkpoint, sites), sites)
