@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recast.errors import RecastError, Refused
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 LONG = timedelta(days=7)  # a first process that dreams or measures keeps the others waiting
 POLL = 0.1  # seconds between looks at what has been reached
 LINGER = 10.0  # seconds that the first process, which may host the store, waits for the others
@@ -62,9 +64,9 @@ def several() -> bool:
     return count() > 1
 
 
-def mine(number: int) -> bool:
-    """Whether a micro-batch of the run is this process's."""
-    return number % count() == rank()
+def dealt(draws: Iterable[T]) -> Iterator[T]:
+    """Of a run's micro-batches those that are this process's."""
+    return islice(draws, rank(), None, count())
 
 
 def join() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +163,7 @@ def steps_of(
     draws = checked(material.draws(course.done, course.beside.aware), objective)
     return train(
         student(model, objective, trunk),
-        islice(shaken(draws, recipe, course.done), processes.rank(), None, processes.count()),
+        processes.dealt(shaken(draws, recipe, course.done)),
         loss_of(recipe, target, objective, course.beside.learned),
         course.optimizer,
         accumulate=how.accumulate // processes.count(),
