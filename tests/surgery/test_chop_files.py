@@ -136,7 +136,9 @@ def test_full_changes_tucker_cores_and_files_without_alpha(tmp_path: Path) -> No
         torch.testing.assert_close(after.entries[name].dense(), weight * entry.dense())
 
 
-@pytest.mark.parametrize("tool", ["lycoris", "peft", "kohya", "diffusers"])
+@pytest.mark.parametrize(
+    "tool", ["lycoris", "peft", pytest.param("kohya", marks=pytest.mark.slow), "diffusers"]
+)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_loaders_answer_with_the_weights_in(case: Case, tool: str, tmp_path: Path) -> None:
     """As our network does with every delta multiplied by its weight."""
