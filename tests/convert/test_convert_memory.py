@@ -88,6 +88,7 @@ def test_the_way_into_another_vae_is_told_once(seen: Seen) -> None:
     assert len([text for text in notes if "latent spaces" in text]) == 1
 
 
+@pytest.mark.slow
 def test_every_stage_of_an_sdxl_run_in_bf16_is_forecast_below_8_gb(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -95,6 +95,7 @@ def test_pairs_that_are_not_this_run_s_kind_are_refused(
     assert "is missing" in told(fit)
 
 
+@pytest.mark.slow
 def test_finished_pictures_cannot_be_replayed(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
