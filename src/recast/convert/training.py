@@ -114,7 +114,8 @@ def follow(
             board.write(0, untrained.scalars)
         for step in steps if course.done < watch.end else ():
             looked = course.look(step)
-            signal = meet(course, step, stopped())
+            # processes agree first; one alone asks when the step has been told of
+            signal = meet(course, step, stopped()) if processes.several() else 0
             begun = {"untrained": untrained.record} if untrained and step.step == 1 else {}
             seen = {"change": moving.norms()} if moving.due(step.step, watch.end) else {}
             seen["pace"] = speed.lap()
@@ -125,6 +126,8 @@ def follow(
             if step.skipped:
                 yield Note(f"Step {step.step} is skipped: loss {step.loss}, norm {step.grad_norm}.")
             watch.check(step.step)
+            if not processes.several():
+                signal = stopped()
             if keep is not None and saving.due(course.recipe, step.step):
                 with course.shown():
                     keep(step.step, attached.trained())
