@@ -17,7 +17,8 @@ def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.first()
     assert not processes.several()
     assert processes.team() is None
-    assert processes.leave(2)
+    assert processes.speaks(2)
+    processes.linger()
     processes.join()
 
 

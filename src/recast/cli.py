@@ -12,6 +12,7 @@ from recast import (
     cli_chop,
     cli_data,
     cli_files,
+    cli_join,
     cli_kohya,
     cli_lora,
     cli_patch,
@@ -55,6 +56,7 @@ def options(
 for verb in (
     *cli_run.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
     *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
+    *cli_join.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)
@@ -75,9 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         if len(given) < len(arguments):
             raise
         code, sentence = told(error)
-        if not processes.leave(code):  # another process has said why
-            sys.exit(code)
-        ERR.print(f"recast: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if processes.speaks(code):
+            said = f"recast: {sentence}"
+            ERR.print(said, style="red", highlight=False, markup=False, soft_wrap=True)
+        processes.linger()
         sys.exit(code)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -157,8 +158,8 @@ def told(value: Any = None) -> Any:
     return held[0]
 
 
-def leave(code: int) -> bool:
-    """Say that this process ends; returns whether it is the one to say why."""
+def speaks(code: int) -> bool:
+    """Whether this process, which ends with a code, is the one to say why: the first to end."""
     if not several():
         return True
     from torch import distributed
@@ -166,16 +167,26 @@ def leave(code: int) -> bool:
     if not distributed.is_initialized():
         return first()
     try:
-        store = _store()
-        speaks = store.add("ended", 1) == 1
-        if speaks:
-            store.set("code", str(code))
-        until = time.monotonic() + LINGER
-        while first() and store.add("ended", 0) < count() and time.monotonic() < until:
-            time.sleep(POLL)
-        return speaks
+        if _store().add("ended", 1) > 1:
+            return False
+        _store().set("code", str(code))
+        return True
     except RuntimeError:
         return False
+
+
+def linger() -> None:
+    """Wait for the others to end, too: the store may be the first process's."""
+    if not (several() and first()):
+        return
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    until = time.monotonic() + LINGER
+    with suppress(RuntimeError):
+        while _store().add("ended", 0) < count() and time.monotonic() < until:
+            time.sleep(POLL)
 
 
 @dataclass
