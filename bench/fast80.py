@@ -50,7 +50,7 @@ def main() -> None:
     judge = fit(original)
     every = scenes(IMAGES + NEW, seed=7)
     taught, asked = every[:IMAGES], every[IMAGES:]
-    old = [scene for scene in known(held=False) if not scene.place % 2][::40][:OLD]
+    old = [scene for scene in known(held=False) if not scene.place % 2][::21][:OLD]
     ceiling = shares(judge, through(original, draw(asked, 1)), asked)
     prompts = [*map(caption, asked), *map(said, old)]
     before = painted(original, prompts)
