@@ -10,10 +10,9 @@ import hashlib
 import json
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from recast.adapter import Adapter, attach, entry_name, read_adapter, write_adapter
+from recast.adapter import Adapter, entry_name, read_adapter, write_adapter
 from recast.adapter.decompose import decompose, initial_metadata, zeros_full
 from recast.adapter.patch import as_change, check_kind, distance_to_base, read_patch, refuse_far
 from recast.adapter.places import read_site
@@ -33,10 +32,8 @@ if TYPE_CHECKING:
     from recast.convert.material import Material
     from recast.layout import Site
     from recast.model import Model
-    from recast.train.draws import Draw
 
 FILE = "start.safetensors"
-BATCHES = 16  # that the output layer is fitted to; every second one only judges
 WARM, PATCH = "recast.warm", "recast.start"
 
 
