@@ -111,6 +111,7 @@ def test_more_processes_than_images_end_with_one_sentence(home: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_verb_that_cannot_be_shared_is_refused_once(home: Path) -> None:
     given = ["dream", home / "sdxl.safetensors", "--out", home / "dreamt"]
     assert ended(launch(given, home / "logs4")) == [2, 2]
