@@ -79,15 +79,15 @@ def test_the_report_has_the_keys_that_scripts_rely_on(finished: tuple[Path, Path
     assert [shot["original"] for shot in report["shots"]] == [
         f"pictures/{k:02d}-original.png" for k in range(3)
     ]
-    assert report["hashes"].keys() == set(small.NAMES)
+    assert report["hashes"].keys() == {*small.NAMES, "start.safetensors"}
     for shot in report["shots"]:
         assert all((out / shot[kind]).is_file() for kind in ("original", "converted", "wrong"))
 
 
-def test_only_the_read_out_has_changed(finished: tuple[Path, Path, str]) -> None:
+def test_only_the_read_out_and_the_clock_have_changed(finished: tuple[Path, Path, str]) -> None:
     original, out, _ = finished
     with Checkpoint(original) as before, Checkpoint(out / "model.safetensors") as after:
-        trained = {site.key for site in detect(before).sites("readout")}
+        trained = {site.key for site in detect(before).sites("readout,time")}
         assert [key for key in after if key not in ("v_pred", "ztsnr")] == list(before)
         changed = {key for key in before if before.raw(key) != after.raw(key)}
         assert changed
