@@ -1,16 +1,105 @@
-"""The verbs that put files together and say what they are: mark."""
+"""The verbs that put adapters together and say what files are: join, mark."""
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from recast import console
-from recast.cli_common import Force, Json
+from recast.cli_common import Force, Json, model_path
+from recast.cli_lora import Of, ranges
 from recast.errors import Refused
 from recast.show import show_file
+
+
+def join(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Adapter files of any format, or PEFT folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write; for peft a folder.")],
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Times this, of any sign; once, or for each adapter in order."),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Weights by block on top, as OUT*=0.5,TE1=0; once, or for each in order."
+        ),
+    ] = None,
+    vector: Annotated[
+        list[str] | None,
+        typer.Option(help="The same as a block vector or a preset's name; see chop."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Re-factor the sum to this rank; all of it otherwise.")
+    ] = None,
+    conv_rank: Annotated[
+        int | None, typer.Option(help="The same for kernels larger than 1x1.")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Re-factor by sv_ratio=20, sv_cumulative=0.9, sv_fro=0.9.")
+    ] = None,
+    model: Of = None,
+    to: Annotated[
+        str | None, typer.Option(help="kohya, peft, diffusers or comfy; the files' own otherwise.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; the files' own otherwise.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Add adapters up: one file that changes a model as all of them together.
+
+    Example: recast join style.safetensors face.safetensors --strength 0.7 --strength 1
+    --out both.safetensors
+    """
+    from recast.cli_files import dtype_of
+    from recast.layout import open_checkpoint
+    from recast.layout.loras import FORMATS
+    from recast.surgery.join import Input
+    from recast.surgery.join import join as join_files
+    from recast.surgery.rules import cut
+    from recast.surgery.weights import Weights, parse
+
+    if to is not None and to not in FORMATS:
+        raise Refused(f"{to!r} is no adapter format: choose {', '.join(FORMATS)}.")
+    form = None if dtype is None else dtype_of("--dtype", dtype)
+    count = len(adapters)
+    strengths = each(strength or [1.0], count, "--strength")
+    odd = [number for number in strengths if not math.isfinite(number)]
+    if odd:
+        raise Refused(f"--strength {odd[0]}: give a finite number.")
+    given = each(weights or [""], count, "--weights")
+    vectors = each(vector or [""], count, "--vector")
+    inputs = [
+        Input(path, w, parse(text) if text else Weights(), one or None)
+        for path, w, text, one in zip(adapters, strengths, given, vectors, strict=True)
+    ]
+    chosen = cut(rank, conv_rank, rule) if rank or conv_rank or rule else None
+    with ExitStack() as files:
+        base = files.enter_context(open_checkpoint(model_path(model))) if model else None
+        done = join_files(inputs, out, cut=chosen, base=base, form=to, dtype=form, force=force)
+    facts = {
+        "files": [str(path) for path in done.files],
+        "bytes": sum(path.stat().st_size for path in done.files),
+        "modules": done.modules,
+        "in_several": done.shared,
+        "ranks": ranges(done.ranks or [0]),
+    }
+    console.emit(facts) if json else show_file(facts)
+
+
+def each(given: list[Any], count: int, option: str) -> list[Any]:
+    """An option's values for each of several files; one is for all."""
+    if len(given) not in (1, count):
+        raise Refused(f"{option} is given {len(given)} times for {count} files: once, or each.")
+    return given * count if len(given) == 1 else given
 
 
 def mark(
@@ -81,4 +170,4 @@ def refuse_hints(path: Path, *, force: bool) -> None:
         refuse_target(path.with_suffix(tail), force=force)
 
 
-VERBS = (mark,)
+VERBS = (join, mark)
