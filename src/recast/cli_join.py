@@ -1,11 +1,11 @@
-"""The verbs that put adapters together and say what files are: join, mark."""
+"""The verbs that put files together and say what they are: merge, join, mark."""
 
 from __future__ import annotations
 
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,114 @@ from recast.cli_common import Force, Json, model_path
 from recast.cli_lora import Of, ranges
 from recast.errors import Refused
 from recast.show import show_file
+
+if TYPE_CHECKING:
+    from recast.adapter.merge import Weights
+
+
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints that predict the same; the result has the first one's dtypes and "
+            "markers. Or a TOML file with a tree of merges."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    how: Annotated[
+        str,
+        typer.Option(
+            help="weighted, difference (A + w (B - C)), slerp, cosine, ties, dare or dare-ties."
+        ),
+    ] = "weighted",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="B's share: 0.5 (the default), of a part or block as te=0, OUT08=1.0, as a "
+            "vector mbw:0.5,0,1 …; may be given again, the last that fits counts. Of several "
+            "models one for each after the first, as 0.2,OUT08=1."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Of ties, dare, dare-ties: the share of changes that stays."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of dare: which changes stay.")] = 0,
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="An adapter to add; may be given again.")
+    ] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Of --lora: once, or for each in order.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Mix checkpoints that predict the same, block by block, and add adapters to them.
+
+    Example: recast merge flow.safetensors base-flow.safetensors --weight 0.3 --weight OUT08=0
+    --out mixed.safetensors
+    """
+    from recast.surgery.merging import write_merge
+    from recast.surgery.recipes import Added, Step, read_tree
+
+    if len(models) == 1 and models[0].endswith(".toml"):
+        if weight or lora or density or how != "weighted":
+            raise Refused("a TOML file says how to merge: leave out the other options.")
+        step = read_tree(Path(models[0]))
+    else:
+        paths = tuple(map(model_path, models))
+        strengths = each(strength or [1.0], len(lora or ()), "--strength")
+        added = tuple(Added(path, one) for path, one in zip(lora or (), strengths, strict=True))
+        if len(paths) == 1 and added:
+            if weight or density or how != "weighted":
+                raise Refused("one model and adapters: give --strength, not how to merge models.")
+            step = Step("lora", paths, adapters=added)
+        else:
+            step = Step(how, paths, _weights(how, weight, len(paths)), density or _density(how),
+                        seed)  # fmt: skip
+            step = Step("lora", (step,), adapters=added) if added else step
+    sha256 = write_merge(step, out, force=force)
+    facts = {
+        "file": str(out),
+        "how": step.how,
+        "weights": step.weights[0].texts()
+        if len(step.weights) == 1
+        else [",".join(one.texts()) for one in step.weights],
+        "sha256": sha256,
+    }
+    console.emit(facts) if json else show_file(facts)
+
+
+def _weights(how: str, given: list[str] | None, count: int) -> tuple[Weights, ...]:
+    """A merge's weights from the options; the defaults are those of `_usual`."""
+    from recast.surgery.recipes import EACH, parse_weights
+
+    wanted = count - 1 if how in EACH else 1
+    usual = _usual(how, count)
+    if not given:
+        return (parse_weights(usual),) * wanted
+    if wanted > 1:
+        if len(given) != wanted:
+            raise Refused(f"--weight is given {len(given)} times for {wanted} models after the "
+                          "first: give one for each.")  # fmt: skip
+        return tuple(parse_weights(text) for text in given)
+    if any(text.startswith("mbw:") for text in given):
+        if len(given) > 1:
+            raise Refused("--weight mbw: has every block's weight: give it alone.")
+        return (parse_weights(given[0]),)
+    return (parse_weights(",".join([f"{usual:g}", *given])),)
+
+
+def _usual(how: str, count: int) -> float:
+    """The weight without --weight: all models alike, or the whole change."""
+    if how in ("weighted", "slerp", "cosine"):
+        return 1 / max(count, 1)
+    return 1 / max(count - 1, 1) if how == "dare" else 1.0
+
+
+def _density(how: str) -> float:
+    """The papers' usual densities."""
+    return {"ties": 0.2, "dare": 0.5, "dare-ties": 0.5}.get(how, 1.0)
 
 
 def join(
@@ -97,7 +205,7 @@ def join(
 
 def each(given: list[Any], count: int, option: str) -> list[Any]:
     """An option's values for each of several files; one is for all."""
-    if len(given) not in (1, count):
+    if len(given) not in (1, count) or (count == 0 and given != [1.0]):
         raise Refused(f"{option} is given {len(given)} times for {count} files: once, or each.")
     return given * count if len(given) == 1 else given
 
@@ -170,4 +278,4 @@ def refuse_hints(path: Path, *, force: bool) -> None:
         refuse_target(path.with_suffix(tail), force=force)
 
 
-VERBS = (join, mark)
+VERBS = (merge, join, mark)

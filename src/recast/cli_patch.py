@@ -1,4 +1,4 @@
-"""The verbs that carry a conversion on to other checkpoints: patch, merge."""
+"""The verb that carries a conversion on to other checkpoints: patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from recast.cli_common import (
 )
 from recast.cli_run import recipe_of, show_report
 from recast.errors import Refused
-from recast.show import show_file
 
 
 def patch(
@@ -70,33 +69,4 @@ def patch(
     show_report(job.out, json)
 
 
-def merge(
-    a: Annotated[str, typer.Argument(help="A checkpoint; the result has its dtypes and markers.")],
-    b: Annotated[str, typer.Argument(help="Another that predicts the same.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="B's share: 0.5 (the default), of a part or block as te=0, OUT08=1.0; may be "
-            "given again, the last that fits counts."
-        ),
-    ] = None,
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """Mix two checkpoints that predict the same, block by block.
-
-    Example: recast merge flow.safetensors base-flow.safetensors --weight 0.3 --weight OUT08=0
-    --out mixed.safetensors
-    """
-    from recast.adapter.merge import weights, write_merged
-    from recast.layout import open_checkpoint
-
-    shares = weights(weight or [])
-    with open_checkpoint(model_path(a)) as one, open_checkpoint(model_path(b)) as other:
-        sha256 = write_merged(one, other, shares, out, force=force)
-    facts = {"file": str(out), "weights": shares.texts(), "sha256": sha256}
-    console.emit(facts) if json else show_file(facts)
-
-
-VERBS = (patch, merge)
+VERBS = (patch,)

@@ -1,4 +1,4 @@
-"""Merging two checkpoints of one objective, block by block."""
+"""Merging two checkpoints of one objective: what may be merged, and weights by block."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from tests import tiny
 
-from recast.adapter.merge import merged, shares_of, weighted, weights, write_merged
-from recast.checkpoint import Checkpoint
+from recast.adapter.merge import shares_of
+from recast.checkpoint import Checkpoint, write_dict
 from recast.errors import CheckFailed, Refused
 from recast.layout import detect
+from recast.surgery.merging import write_merge
+from recast.surgery.recipes import Step, parse_weights
 
 UNET = "model.diffusion_model."
 OUT08 = f"{UNET}output_blocks.8.0.in_layers.2.weight"
@@ -29,30 +31,26 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return a, tiny.checkpoint(folder / "b.safetensors", "sdxl", seed=1)
 
 
-def test_a_share_of_0_or_1_keeps_the_bits() -> None:
-    a, b = torch.randn(5).half(), torch.randn(5)
-    assert weighted(a, b, 0) is a
-    assert torch.equal(weighted(a, b, 1), b.half())
-    mixed = weighted(a, b, 0.25)
-    assert mixed.dtype == a.dtype
-    assert torch.equal(mixed, (a.float() + 0.25 * (b - a.float())).half())
+def merged(a: Checkpoint, b: Checkpoint, key: str, share: float) -> torch.Tensor:
+    """a + share (b - a) in fp32, rounded once."""
+    mixed = torch.lerp(a[key].float(), b[key].float(), share).to(a[key].dtype)
+    return mixed if share else a[key]
 
 
 def test_blocks_get_their_own_shares(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    shares = weights(["0.5", "te1=0", "OUT0*=0.25", "OUT08=1.0", "IN00=0.1", "vae=0"])
+    shares = parse_weights("0.5,te1=0,OUT0*=0.25,OUT08=1.0,IN00=0.1,vae=0")
     wanted = {OUT08: 1, f"{UNET}output_blocks.1.0.in_layers.2.weight": 0.25}
     wanted |= {IN: 0.1, VAE: 0, TE1: 0, f"{UNET}middle_block.0.in_layers.2.weight": 0.5}
     out = tmp_path / "merged.safetensors"
     with Checkpoint(pair[0]) as a, Checkpoint(pair[1]) as b:
-        write_merged(a, b, shares, out)
+        write_merge(Step("weighted", pair, (shares,)), out)
         with Checkpoint(out) as found:
             assert list(found.specs.items()) == list(a.specs.items())
             for key, share in wanted.items():
-                assert torch.equal(found[key], weighted(a[key], b[key], share)), key
+                assert torch.equal(found[key], merged(a, b, key, share)), key
             about = json.loads(found.metadata["recast.merge"])
-            assert about["a"] == a.sha256()
-            assert about["b"] == b.sha256()
-            assert about["weights"] == shares.texts()
+            assert [each["sha256"] for each in about["models"]] == [a.sha256(), b.sha256()]
+            assert about["weights"] == [",".join(shares.texts())]
             assert found.metadata["recast.size"] == "64"
             assert not {"recast.run", "sshs_model_hash"} & found.metadata.keys()
             assert not detect(found).missing
@@ -60,20 +58,19 @@ def test_blocks_get_their_own_shares(pair: tuple[Path, Path], tmp_path: Path) ->
 
 def test_every_weight_of_every_network_is_covered(pair: tuple[Path, Path]) -> None:
     with Checkpoint(pair[0]) as a, Checkpoint(pair[1]) as b:
-        plan = shares_of(a, b, weights([]))
+        plan = shares_of(a, b, parse_weights(0.5))
         assert set(plan.values()) == {0.5}
         assert set(a.specs) - plan.keys() == set(detect(a).extras)
 
 
-def test_a_sum_out_of_range_is_no_result(pair: tuple[Path, Path]) -> None:
-    with Checkpoint(pair[0]) as a, Checkpoint(pair[1]) as b:
-
-        class Huge(dict):
-            def __getitem__(self, key: str) -> torch.Tensor:
-                return b[key] + 1e6
-
-        with pytest.raises(CheckFailed, match="bf16"):
-            list(merged(a, Huge(), {IN: 0.5}))  # type: ignore[arg-type]
+def test_a_sum_out_of_range_is_no_result(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with Checkpoint(pair[1]) as b:
+        tensors = {key: b[key] * 1e9 if key == IN else b[key] for key in b}
+        write_dict(tmp_path / "huge", tensors, b.metadata)
+    step = Step("weighted", (pair[0], tmp_path / "huge"), (parse_weights(0.5),))
+    with pytest.raises(CheckFailed, match="bf16"):
+        write_merge(step, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
@@ -95,12 +92,12 @@ def test_what_cannot_be_mixed_is_refused(
         Checkpoint(path) as b,
         pytest.raises(Refused, match=words),
     ):
-        shares_of(a, b, weights([]))
+        shares_of(a, b, parse_weights(0.5))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("OUT99=1", "is it OUT"), ("half", "no number"), ("te=2", "from 0 to 1"), ("nan", "from 0")],
+    [("OUT99=1", "is it OUT"), ("half", "no number"), ("te=2", "at most 1"), ("nan", "finite")],
 )
 def test_a_weight_that_means_nothing_is_refused(
     given: str, words: str, pair: tuple[Path, Path]
@@ -110,4 +107,4 @@ def test_a_weight_that_means_nothing_is_refused(
         Checkpoint(pair[1]) as b,
         pytest.raises(Refused, match=words),
     ):
-        shares_of(a, b, weights([given]))
+        Step("weighted", pair, (parse_weights(given),)) and shares_of(a, b, parse_weights(given))

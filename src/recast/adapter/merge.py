@@ -1,6 +1,4 @@
-"""Merging whole checkpoints: a function of tensors, and weights by block.
-
-    weighted    a + w (b - a)       in fp32, rounded once to the dtype of a
+"""Merging whole checkpoints: weights by block, and which files may be merged at all.
 
     0.5              every tensor that a network reads
     OUT08=1.0        a block, a glob of blocks (OUT*), a part (unet, te, te1, te2, vae)
@@ -11,43 +9,46 @@ w is B's share; of several weights that fit a tensor the last counts. What no ne
 from __future__ import annotations
 
 import difflib
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recast.adapter.places import refuse_residual
-from recast.adapter.rebuild import CONTENT_HASHES
-from recast.checkpoint import Checkpoint, write
-from recast.errors import CheckFailed, Refused
+from recast.checkpoint import Checkpoint
+from recast.errors import Refused
 from recast.layout import Layout, detect
 from recast.layout.names import PART_NAMES, VAE
 from recast.markers import read_objective
 
 PARTS = {"unet": ("unet",), "te": ("te1", "te2"), "te1": ("te1",), "te2": ("te2",), "vae": ("vae",)}
 RECIPE = "recast.merge"
+CHUNK = 1 << 18  # values that are in fp32 at a time
 # of A alone, untrue of the result
 OWN = ("run", "recipe", "base_sha256", "adapter_role", "start", "warm", "merge")
 
 
-def weighted(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """a + share (b - a) in the dtype of a; a share of 0 gives a's bits, of 1 those of b."""
-    if share == 0:
-        return a
-    if share == 1:
-        return b.to(a.dtype)
-    work = torch.promote_types(a.dtype, torch.float32)
-    return torch.lerp(a.to(work), b.to(work), share).to(a.dtype)
+def in_chunks(
+    function: Callable[[Tensor, Sequence[Tensor]], Tensor], a: Tensor, others: Sequence[Tensor]
+) -> Tensor:
+    """A function that works value by value, into the memory of a, with few values wide at a time.
+
+    It is given fp32 (fp64 where a is); the others' dtypes may differ. a is overwritten, returned.
+    """
+    flat, rest = a.view(-1), [x.reshape(-1) for x in others]
+    work = torch.float64 if a.dtype == torch.float64 else torch.float32
+    for at in range(0, len(flat), CHUNK):
+        part = slice(at, at + CHUNK)
+        wide = function(flat[part].to(work), [x[part].to(work) for x in rest])
+        flat[part] = wide.to(a.dtype)
+    return a
 
 
 @dataclass(frozen=True)
 class Weights:
-    """B's share by block or part: the first for every tensor, later ones for what they name."""
+    """Weights by block or part: the first for every tensor, later ones for what they name."""
 
     rules: tuple[tuple[str, float], ...]
 
@@ -58,68 +59,6 @@ class Weights:
     def texts(self) -> list[str]:
         """As they are given on the command line."""
         return [f"{name}={share:g}" if name else f"{share:g}" for name, share in self.rules]
-
-
-def weights(given: Sequence[str]) -> Weights:
-    """Weights from the command line's texts; the default share is 0.5.
-
-    Raises Refused for what is no number between 0 and 1.
-    """
-    default, rules = 0.5, []
-    for text in given:
-        name, equals, number = text.rpartition("=")
-        share = _share(number, text)
-        if equals:
-            rules.append(("IN" if name.strip() == "IN00" else name.strip(), share))
-        else:
-            default = share
-    return Weights((("", default), *rules))
-
-
-def _share(number: str, text: str) -> float:
-    try:
-        share = float(number)
-    except ValueError as error:
-        raise Refused(
-            f"--weight {text}: {number!r} is no number; give B's share as 0.5, or NAME=0.5 for a "
-            "block or part."
-        ) from error
-    if not 0 <= share <= 1 or not math.isfinite(share):
-        raise Refused(f"--weight {text}: B's share is a number from 0 to 1.")
-    return share
-
-
-def write_merged(
-    a: Checkpoint, b: Checkpoint, shares: Weights, out: Path, *, force: bool = False
-) -> str:
-    """Stream the merge of two checkpoints to a file and return its sha256; markers are A's."""
-    plan = shares_of(a, b, shares)
-    recipe = {"how": "weighted", "weights": shares.texts(), "a": a.sha256(), "b": b.sha256()}
-    about = {
-        key: value
-        for key, value in a.metadata.items()
-        if key not in CONTENT_HASHES and key not in {f"recast.{name}" for name in OWN}
-    }
-    about |= {"recast.role": "checkpoint", RECIPE: json.dumps(recipe)}
-    specs = {key: (spec.dtype, spec.shape) for key, spec in a.specs.items()}
-    return write(out, specs, merged(a, b, plan), about, force=force, sources=[a.path, b.path])
-
-
-def merged(a: Checkpoint, b: Checkpoint, plan: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of A in file order, merged with B's where the plan gives a share above 0."""
-    for key in a.specs:
-        share, tensor = plan.get(key, 0.0), a[key]
-        if share:
-            result = weighted(tensor, b[key], share)
-            if not torch.isfinite(result).all() and torch.isfinite(tensor).all():
-                raise CheckFailed(
-                    f"{key} leaves the range of {tensor.dtype} when merged: "
-                    "store A in bf16 or fp32."
-                )
-            tensor = result
-            del result
-        yield key, tensor
-        del tensor  # before the next is read
 
 
 def shares_of(a: Checkpoint, b: Checkpoint, shares: Weights) -> dict[str, float]:

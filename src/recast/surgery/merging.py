@@ -1,0 +1,223 @@
+"""Merging checkpoints by a tree of steps: one tensor at a time, from all files at once.
+
+A tensor that no network reads is the first model's, as are dtypes and markers. What each step makes
+of a tensor is in `blend`. Adapters are added in fp32: W + sum_i w_i dW_i, rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recast.adapter.formats import FULL_SUFFIXES, open_raw
+from recast.adapter.merge import OWN, RECIPE, in_chunks, shares_of
+from recast.adapter.places import Place, read_site, refuse_residual, widened
+from recast.adapter.rebuild import CONTENT_HASHES, _finite
+from recast.checkpoint import Checkpoint, write
+from recast.commit import refuse_target
+from recast.errors import CheckFailed, Refused
+from recast.layout import Site, detect, open_checkpoint
+from recast.markers import read_objective
+from recast.surgery import blend
+from recast.surgery.blocks import spot
+from recast.surgery.guard import refuse_principal
+from recast.surgery.join import hashes
+from recast.surgery.pieces import others, pieces, placed
+from recast.surgery.recipes import PAIRS, Added, Step
+from recast.surgery.sums import Term
+from recast.surgery.weights import Weights, parse, refuse_unknown
+
+Changes = dict[str, list[tuple[Site, Term]]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step whose files are open: shares of each model after the first by tensor, and changes."""
+
+    step: Step
+    models: tuple[Checkpoint | Made, ...]
+    shares: tuple[Mapping[str, float], ...]
+    changes: Changes
+
+    @property
+    def first(self) -> Checkpoint:
+        """The checkpoint whose dtypes and names the result has."""
+        model = self.models[0]
+        return model.first if isinstance(model, Made) else model
+
+
+def write_merge(step: Step, out: Path, *, force: bool = False) -> str:
+    """Stream a merge to a file and return its sha256; the header has the recipe and all parents.
+
+    Raises Refused for files of different families, sizes or objectives, residuals, principal
+    adapters and names that mean nothing.
+    """
+    with ExitStack() as files:
+        opened = {path: files.enter_context(open_checkpoint(path)) for path in step.files}
+        sources = [path for file in opened.values() for path in file.files]
+        refuse_target(out, force=force, sources=[*sources, *_adapters(step)])
+        made = _opened(step, opened, files)
+        first = made.first
+        about = {
+            key: value for key, value in first.metadata.items()
+            if key not in CONTENT_HASHES and key not in {f"recast.{name}" for name in OWN}
+        }  # fmt: skip
+        about |= {"recast.role": "checkpoint", RECIPE: json.dumps(_recipe(step, opened))}
+        specs = {key: (spec.dtype, spec.shape) for key, spec in first.specs.items()}
+        tensors = ((key, value(made, key)) for key in specs)
+        return write(out, specs, tensors, about, force=force, sources=sources)
+
+
+def value(model: Checkpoint | Made, key: str) -> Tensor:
+    """One tensor of a merge, in the dtype of its first model's."""
+    if isinstance(model, Checkpoint):
+        return model[key]
+    mine = value(model.models[0], key)
+    if model.changes.get(key):
+        return _sound(mine, key, partial(_changed, changes=model.changes[key]))
+    shares = [share.get(key, 0.0) for share in model.shares]
+    if not any(shares):
+        return mine
+    wanted = [
+        value(other, key) for other, share in zip(model.models[1:], shares, strict=True) if share
+    ]
+    numbers = [index for index, share in enumerate(shares) if share]
+    work = partial(_blended, step=model.step, key=key, others=wanted, numbers=numbers,
+                   shares=[share for share in shares if share])  # fmt: skip
+    return _sound(mine, key, work)
+
+
+def _blended(
+    a: Tensor, step: Step, key: str, others: list[Tensor], numbers: list[int], shares: list[float]
+) -> Tensor:
+    """What a step makes of one tensor; a may be overwritten."""
+    if step.how in ("weighted", "difference"):
+        rule = blend.weighted if step.how == "weighted" else blend.difference
+        return in_chunks(lambda wide, rest: rule(wide, rest, shares), a, others)
+    wide = widened(a)
+    rest = [x.to(wide.dtype) for x in others]
+    seeds = [blend.seed_of(step.seed, number, key) for number in numbers]
+    if step.how in PAIRS:
+        result = (blend.slerp if step.how == "slerp" else blend.cosine)(wide, rest[0], shares[0])
+    elif step.how == "ties":
+        result = blend.ties(wide, rest, shares[0], step.density)
+    elif step.how == "dare":
+        result = blend.dare(wide, rest, shares, step.density, seeds)
+    else:
+        result = blend.dare_ties(wide, rest, shares[0], step.density, seeds)
+    return result.to(a.dtype)
+
+
+def _sound(tensor: Tensor, key: str, work: partial[Tensor]) -> Tensor:
+    """The work's result; raises CheckFailed where it leaves the range of the dtype."""
+    sound = _finite(tensor)
+    result = work(tensor)
+    if sound and not _finite(result):
+        raise CheckFailed(
+            f"{key} leaves the range of {result.dtype} when merged: store the first model in bf16 "
+            "or fp32."
+        )
+    return result
+
+
+def _changed(tensor: Tensor, changes: list[tuple[Site, Term]]) -> Tensor:
+    total = widened(tensor)
+    for site, term in changes:
+        view = Place("", site).view(total)
+        view += term.dense().reshape(view.shape).to(total.dtype)
+    return total.to(tensor.dtype)
+
+
+def _opened(step: Step, opened: Mapping[Path, Checkpoint], files: ExitStack) -> Made:
+    """A step with its files and plans, everything checked."""
+    models = tuple(
+        _opened(model, opened, files) if isinstance(model, Step) else opened[model]
+        for model in step.models
+    )
+    firsts = [model.first if isinstance(model, Made) else model for model in models]
+    if step.how == "lora":
+        changes: Changes = {}
+        for added in step.adapters:
+            _collect(added, firsts[0], files, changes)
+        return Made(step, models, (), changes)
+    rules = step.weights if len(step.weights) == len(firsts) - 1 else step.weights * (
+        len(firsts) - 1
+    )  # fmt: skip
+    shares = tuple(
+        shares_of(firsts[0], other, rule) for other, rule in zip(firsts[1:], rules, strict=True)
+    )
+    return Made(step, models, shares, {})
+
+
+def _collect(added: Added, base: Checkpoint, files: ExitStack, changes: Changes) -> None:
+    """Add what an adapter changes, by the file's tensors."""
+    refuse_residual(base)
+    layout = detect(base)
+    raw = files.enter_context(open_raw(added.path, layout, strangers=True))
+    refuse_principal(added.path, raw.metadata)
+    said, evidence = raw.metadata.get("recast.objective"), read_objective(base.specs, base.metadata)
+    if said and evidence.objective != said:
+        raise Refused(
+            f"{added.path} is for models that predict {said}, and {base.path} predicts "
+            f"{evidence.objective}: add it to one of its own kind."
+        )
+    weights = parse(added.weights) if added.weights else Weights()
+    spots = {lora: spot(lora, layout.plan.unet.layers) for lora in raw.modules}
+    refuse_unknown(weights, layout.plan, [found for found in spots.values() if found])
+    everything = layout.sites("every")
+    found = pieces(added.path, raw)
+    known = {(site.lora, site.param): site for site in everything}
+
+    def put(site: Site, term: Term) -> None:
+        if term.weight:
+            changes.setdefault(site.key, []).append((site, term))
+
+    def weight(lora: str) -> float:
+        where = spots[lora]
+        return added.strength * (1.0 if where is None else weights.of(where))
+
+    for lora, site in placed(added.path, found, everything, str(base.path)).items():
+        piece = replace(found[lora], weight=partial(read_site, base, site))
+        put(site, Term(piece, weight(lora)))
+    for lora, suffix in others(raw, found):
+        place = known.get((lora, FULL_SUFFIXES[suffix]))
+        tensor = raw.modules[lora][suffix]
+        if place is None or tensor.numel() != torch.Size(place.shape).numel():
+            raise Refused(f"{added.path}: {lora}.{suffix} has no place in {base.path}.")
+        put(place, Term(None, weight(lora), tensor))
+
+
+def _adapters(step: Step) -> Iterator[Path]:
+    yield from (added.path for added in step.adapters if added.path.is_file())
+    for model in step.models:
+        if isinstance(model, Step):
+            yield from _adapters(model)
+
+
+def _recipe(step: Step, opened: Mapping[Path, Checkpoint]) -> dict[str, object]:
+    """The tree with every file's hash."""
+    models = [
+        _recipe(model, opened) if isinstance(model, Step)
+        else {"file": model.name, "sha256": opened[model].sha256()}
+        for model in step.models
+    ]  # fmt: skip
+    found: dict[str, object] = {"how": step.how, "models": models}
+    if step.weights:
+        found["weights"] = [",".join(each.texts()) for each in step.weights]
+    if step.density != 1:
+        found["density"] = step.density
+    if step.how.startswith("dare"):
+        found["seed"] = step.seed
+    if step.adapters:
+        found["adapters"] = [
+            {"file": one.path.name, "sha256": hashes(one.path), "strength": one.strength,
+             **({"weights": one.weights} if one.weights else {})} for one in step.adapters
+        ]  # fmt: skip
+    return found
