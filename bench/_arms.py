@@ -154,9 +154,7 @@ def readout_arms() -> dict[str, Arm]:
     found["xl/mix-target-t"] = Arm(
         "on images, the data's share rising from t = .8", {**images, "teacher": "mix", "mix": late}
     )
-    found["15/fallback"] = Arm(
-        "fallback above the range", {"above": "fallback"}, model="pocket-15"
-    )
+    found["15/fallback"] = Arm("fallback above the range", {"above": "fallback"}, model="pocket-15")
     found["xl/fallback"] = Arm("fallback above the range", {**STEPS, "above": "fallback"})
     found["xl/amplification"] = Arm("amplification weighed", {**STEPS, "control": True})
     found["xl/dreams"] = Arm(

@@ -101,9 +101,7 @@ def read_raw(path: Path, layout: Layout | None = None) -> Raw:
 
 
 @contextmanager
-def open_raw(
-    path: Path, layout: Layout | None = None, *, strangers: bool = False
-) -> Iterator[Raw]:
+def open_raw(path: Path, layout: Layout | None = None, *, strangers: bool = False) -> Iterator[Raw]:
     """As read_raw, with modules of Tensors: nothing but the header is read before it is used.
 
     strangers: take the tensors of DoRA, LoHa, LoKr … too, under their own suffixes, for verbs that
