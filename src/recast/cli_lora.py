@@ -106,7 +106,8 @@ def extract(
 
 def export(
     adapter: Annotated[
-        Path, typer.Argument(help="An adapter file or PEFT folder; or a MODEL, file or folder.")
+        Path,
+        typer.Argument(help="An adapter file or PEFT folder; or a MODEL, file, folder or .ckpt."),
     ],
     to: Annotated[
         str,
@@ -137,9 +138,10 @@ def export(
     from recast.model import folder
 
     if to in folder.FORMATS:
-        if model or dtype or pad:
-            raise Refused(f"--to {to} keeps a model as it is: leave out --model, --dtype, --pad.")
-        folder.export(model_path(str(adapter)), out, to, objective=source, force=force)
+        if model or pad:
+            raise Refused(f"--to {to} is about a model: leave out --model and --pad.")
+        form = dtype and dtype_of("--dtype", dtype)
+        folder.export(model_path(str(adapter)), out, to, objective=source, dtype=form, force=force)
         written = [out]
     else:
         written = export_file(

@@ -29,6 +29,7 @@ from recast.layout.pipeline import CLASSES, SUBFOLDERS
 from recast.layout.scheduler import SCHEDULERS
 from recast.markers import MARKERS, SCHEDULER, marker_specs, read_objective, stamp, strip
 from recast.model.load import preferred_size, stated_objective
+from recast.model.stores import open_any
 from recast.text.tokens import LENGTH, merges, vocabulary
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
@@ -75,9 +76,20 @@ def write_file(
     return write(out, specs, tensors, metadata, force=force, sources=checkpoint.files)
 
 
-def export(path: Path, out: Path, to: str, *, objective: str | None, force: bool) -> None:
-    """Write the model at `path` as a diffusers folder or a single file, as `to` says."""
-    with open_checkpoint(path) as checkpoint:
+def export(
+    path: Path,
+    out: Path,
+    to: str,
+    *,
+    objective: str | None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write the model at `path`, a .ckpt too, as a diffusers folder or single file, as `to` says.
+
+    dtype: what the networks' numbers become; None keeps them.
+    """
+    with open_any(path, dtype) as checkpoint:
         if to == "diffusers-folder":
             write_folder(checkpoint, out, objective=objective)
         else:
