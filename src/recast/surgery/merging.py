@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +66,8 @@ def write_merge(step: Step, out: Path, *, force: bool = False) -> str:
         refuse_target(out, force=force, sources=[*sources, *_adapters(step)])
         made = _opened(step, opened, files)
         first = made.first
+        with ThreadPoolExecutor() as pool:  # hashing two files takes the time of one
+            list(pool.map(Checkpoint.sha256, opened.values()))
         about = {
             key: value for key, value in first.metadata.items()
             if key not in CONTENT_HASHES and key not in {f"recast.{name}" for name in OWN}
