@@ -30,7 +30,7 @@ from recast.surgery import blend
 from recast.surgery.blocks import spot
 from recast.surgery.guard import refuse_principal
 from recast.surgery.join import hashes
-from recast.surgery.pieces import others, pieces, placed
+from recast.surgery.pieces import DORA, others, pieces, placed
 from recast.surgery.recipes import PAIRS, Added, Step
 from recast.surgery.sums import Term
 from recast.surgery.weights import Weights, parse, refuse_unknown
@@ -148,7 +148,7 @@ def _opened(step: Step, opened: Mapping[Path, Checkpoint], files: ExitStack) -> 
     if step.how == "lora":
         changes: Changes = {}
         for added in step.adapters:
-            _collect(added, firsts[0], files, changes)
+            _collect(added, firsts[0], files, changes, mixed=isinstance(models[0], Made))
         return Made(step, models, (), changes)
     rules = step.weights if len(step.weights) == len(firsts) - 1 else step.weights * (
         len(firsts) - 1
@@ -159,8 +159,10 @@ def _opened(step: Step, opened: Mapping[Path, Checkpoint], files: ExitStack) -> 
     return Made(step, models, shares, {})
 
 
-def _collect(added: Added, base: Checkpoint, files: ExitStack, changes: Changes) -> None:
-    """Add what an adapter changes, by the file's tensors."""
+def _collect(
+    added: Added, base: Checkpoint, files: ExitStack, changes: Changes, *, mixed: bool
+) -> None:
+    """Add what an adapter changes, by the file's tensors; mixed: base is only part of the model."""
     refuse_residual(base)
     layout = detect(base)
     raw = files.enter_context(open_raw(added.path, layout, strangers=True))
@@ -188,6 +190,11 @@ def _collect(added: Added, base: Checkpoint, files: ExitStack, changes: Changes)
 
     for lora, site in placed(added.path, found, everything, str(base.path)).items():
         piece = replace(found[lora], weight=partial(read_site, base, site))
+        if mixed and DORA in piece.tensors:
+            raise Refused(
+                f"{added.path}: {lora} is DoRA, whose change depends on the weights it is made to: "
+                "write the merge first, and add the adapter to that file."
+            )
         put(site, Term(piece, weight(lora)))
     for lora, suffix in others(raw, found):
         place = known.get((lora, FULL_SUFFIXES[suffix]))
