@@ -17,10 +17,12 @@ from recast.adapter import read_adapter, rebuild
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.folder import Stopped
+from recast.convert.start import clock
 from recast.errors import Refused
 from recast.events import Note
 from recast.markers import read_objective
-from recast.objective import OBJECTIVES
+from recast.model import open_model
+from recast.objective import FLOW, OBJECTIVES
 
 PAIRS = list(permutations(OBJECTIVES, 2))
 FEW = {("eps", "v"), ("v", "v-zsnr"), ("v-zsnr", "eps"), ("flow", "eps"), ("x0", "flow")}
@@ -182,6 +184,18 @@ def test_a_warm_start_is_kept_where_it_is_not_trained(home: Path, tmp_path: Path
     patch = read_adapter(tmp_path / "patch.safetensors")
     assert clock <= patch.entries.keys()
     small.convert(job)
+
+
+def test_the_clock_is_fitted_to_the_file_s_numbers_whatever_the_precision(home: Path) -> None:
+    path = home / "sdxl.safetensors"
+    with Checkpoint(path) as file:
+        found = [
+            clock(file, open_model(path, parts=("unet",), dtype=dtype), FLOW)[0]
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    assert found[0].keys() == found[1].keys()
+    for name, entry in found[0].items():
+        assert torch.equal(entry.dense(), found[1][name].dense()), name
 
 
 def test_a_warm_start_needs_whole_layers(home: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_quantised_weights_are_in_no_file_and_a_stopped_run_goes_on(
     small.convert(broken)
     assert small.contents(tmp_path / "broken") == small.contents(tmp_path / "whole")
 
-    profile = str(RUNS[base].get("profile", "readout"))
+    profile = f"{RUNS[base].get('profile', 'readout')},time"
     start = tmp_path / "whole" / "initial.safetensors"
     initial = read_adapter(start) if start.exists() else None
     with (

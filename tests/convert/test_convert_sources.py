@@ -178,7 +178,10 @@ def test_sources_that_lack_something_are_refused(
     ("images", "data", "wanted"),
     [
         (False, {}, (False, "replay")),
-        (True, {}, (True, None)),
+        (True, {}, (True, "replay")),
+        (True, {"source": "images"}, (True, None)),
+        (True, {"mix_share": 1.0}, (True, None)),
+        (True, {"vae": "x"}, (True, None)),
         (False, {"vae": "x"}, (False, "dreams")),
         (False, {"source": "dreams"}, (False, "dreams")),
         (True, {"source": "replay", "prompts": "captions"}, (False, "replay")),

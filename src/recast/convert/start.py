@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -214,7 +215,12 @@ def clock(checkpoint: Checkpoint, model: Model, objective: Objective) -> Fitted:
     from recast.train import fit_clock
 
     unet = model.unet
-    embedding, features = unet.get_submodule("time_embedding"), unet.get_submodule("time_proj")
+    # what is open may be rounded to bf16: the file's own numbers are what the change is added to
+    sites = {site.name: site for site in model.layout.sites("unet")}
+    embedding = deepcopy(unet.get_submodule("time_embedding")).float()
+    for name, parameter in embedding.named_parameters():
+        parameter.data.copy_(read_site(checkpoint, sites[f"time_embedding.{name}"]))
+    features = unet.get_submodule("time_proj")
     fit = fit_clock(embedding, features, model.objective.path, objective.path)
     new = {f"time_embedding.{name}": value for name, value in fit.weights.items()}
     residuals = {"before": fit.before, "solved": fit.solved, "after": fit.after}
