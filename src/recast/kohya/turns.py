@@ -64,7 +64,8 @@ def parts(given: Given) -> dict[str, float]:
     rates = {} if alone else {"unet": given.get("unet_lr", common)}
     if not given.get("network_train_unet_only"):
         said = given.get("text_encoder_lr") or [common]
-        rates |= dict(zip(texts, [*said, *said[-1:] * len(texts)], strict=False))
+        each = [*said, *said[-1:] * len(texts)][: len(texts)]
+        rates |= dict(zip(texts, each, strict=True))
     return {part: rate for part, rate in rates.items() if rate > 0}
 
 
