@@ -11,6 +11,7 @@ from recast import (
     __version__,
     cli_chop,
     cli_data,
+    cli_dream,
     cli_files,
     cli_join,
     cli_kohya,
@@ -54,8 +55,8 @@ def options(
 
 
 for verb in (
-    *cli_run.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS, *cli_lora.VERBS,
-    *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
+    *cli_run.VERBS, *cli_dream.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS,
+    *cli_lora.VERBS, *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
     *cli_join.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
