@@ -37,6 +37,8 @@ BARE = {"steps": 400, "source": "images", "warm": "none"}
 DREAMT = {"steps": 400, "warm": "none"}
 STEPS = {"steps": 400}
 EIGHTH, EQUAL = 34, 274  # steps that cost an eighth of the recipe's forwards, and as many
+BEST = 100  # steps after which the recipe's pictures are best, where a third are marked
+SOON = 17  # steps of batch 8 that cost about an eighth of those
 FIRST = "readout,IN,IN00,IN01"
 
 
@@ -52,10 +54,18 @@ def main_arms() -> dict[str, Arm]:
             found[f"{family}/default-{name}"] = replace(
                 default, about=f"the default, {steps} steps", settings={"steps": steps}
             )
+        soon = {"steps": SOON, "batch": 8}
+        found[f"{family}/default-soon"] = replace(
+            default, about=f"the default, {SOON} steps of batch 8", settings=soon
+        )
+        found[f"{family}/images-soon"] = replace(
+            default, about=f"the default on images alone, {SOON} steps of batch 8",
+            settings=soon | {"source": "images"},
+        )  # fmt: skip
         for steps in (25, 50, 100, 200):
             found[f"{family}/recipe-{steps}"] = replace(
                 recipe, about=f"the published recipe, {steps} steps", settings={"steps": steps},
-                seeds=1,
+                seeds=CLAIMED if steps == BEST else 1,
             )  # fmt: skip
     return found
 

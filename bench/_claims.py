@@ -14,6 +14,7 @@ from _page import STUDENT
 
 Row = dict[str, Any]
 RECIPES = ("recipe-25", "recipe-50", "recipe-100", "recipe-200", "recipe")
+SHORT = ("images-soon", "default-soon", "default-eighth", "default-equal")
 RATES = ("everything-0.0002", "everything-0.0005", "everything-0.001")
 DIRECTIONS = {
     "eps to v-zsnr": "v-zsnr",
@@ -74,7 +75,7 @@ def told(apart: float, wide: float, unit: str = "dB") -> str:
 def cheaper(arms: Arms) -> str | None:
     """The recipe's best budget against the cheapest default that reaches it."""
     budgets = [name for name in RECIPES if arms.values(name, "psnr")]
-    short = [name for name in ("default-eighth", "default-equal") if arms.values(name, "psnr")]
+    short = [name for name in SHORT if arms.values(name, "psnr")]
     if not budgets or not short:
         return None
     best = max(budgets, key=lambda name: arms.mean(name, "psnr"))
