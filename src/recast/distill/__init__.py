@@ -1,0 +1,1 @@
+"""Distillation with an assessor: taps, probe, signals, fusion, losses, sampler, loop."""
