@@ -18,6 +18,7 @@ from recast import (
     cli_lora,
     cli_patch,
     cli_run,
+    cli_split,
     cli_surgery,
     cli_track,
     processes,
@@ -56,8 +57,8 @@ def options(
 
 for verb in (
     *cli_run.VERBS, *cli_dream.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS,
-    *cli_lora.VERBS, *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS, *cli_kohya.VERBS,
-    *cli_join.VERBS,
+    *cli_split.VERBS, *cli_lora.VERBS, *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS,
+    *cli_kohya.VERBS, *cli_join.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)
@@ -74,6 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=given)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        if not end.code:
+            processes.leave()
+        raise
     except Exception as error:
         if len(given) < len(arguments):
             raise

@@ -93,3 +93,11 @@ def device_of(name: str | None) -> str:
             f"--device {name} cannot be used here ({reason}): leave it out, or give cpu."
         ) from error
     return name
+
+
+def dtype_of(option: str, name: str) -> str:
+    """fp16 as the file format calls it; raises Refused for anything else."""
+    names = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+    if name not in names:
+        raise Refused(f"{option} {name!r}: choose {', '.join(names)}.")
+    return names[name]

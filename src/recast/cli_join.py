@@ -167,7 +167,7 @@ def join(
     Example: recast join style.safetensors face.safetensors --strength 0.7 --strength 1
     --out both.safetensors
     """
-    from recast.cli_files import dtype_of
+    from recast.cli_common import dtype_of
     from recast.layout import open_checkpoint
     from recast.layout.loras import FORMATS
     from recast.surgery.join import Input

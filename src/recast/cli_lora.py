@@ -67,7 +67,7 @@ def extract(
     --out lora.safetensors
     """
     from recast.adapter import extract_difference, extract_trained, read_adapter, write_adapter
-    from recast.cli_files import dtype_of
+    from recast.cli_common import dtype_of
     from recast.commit import refuse_target
     from recast.layout import detect, open_checkpoint
     from recast.lowrank import LowRank
@@ -134,7 +134,7 @@ def export(
     Example: recast export model.safetensors --to diffusers-folder --out model
     """
     from recast.adapter import export as export_file
-    from recast.cli_files import dtype_of
+    from recast.cli_common import dtype_of
     from recast.model import folder
 
     if to in folder.FORMATS:

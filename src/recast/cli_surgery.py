@@ -64,7 +64,7 @@ def resize(
     Example: recast resize lora.safetensors --recipe fro_ckpt=1,thr=-3.55 --model model.safetensors
     --out small.safetensors
     """
-    from recast.cli_files import dtype_of
+    from recast.cli_common import dtype_of
     from recast.layout import open_checkpoint
     from recast.layout.loras import FORMATS
     from recast.surgery.resize import resize as resize_file
