@@ -169,4 +169,4 @@ def _width(block: nn.Module) -> int:
     resnets = getattr(block, "resnets", None)
     if not isinstance(resnets, nn.ModuleList):
         raise Refused(f"{type(block).__name__} has no residual layers to take features from.")
-    return int(resnets[-1].out_channels)
+    return resnets[-1].out_channels  # type: ignore[return-value]
