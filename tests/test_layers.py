@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(["wishes", "kohya"], 5.4),
     **dict.fromkeys(["dream", "painting"], 5.5),
     "surgery": 5.6,
-    **dict.fromkeys(["convert", "verification"], 6),
+    **dict.fromkeys(["convert", "distillation", "verification"], 6),
     "console": 6.5,
     "show": 6.6,
     "cli": 7,

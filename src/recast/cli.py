@@ -11,6 +11,7 @@ from recast import (
     __version__,
     cli_chop,
     cli_data,
+    cli_distill,
     cli_dream,
     cli_files,
     cli_join,
@@ -56,9 +57,9 @@ def options(
 
 
 for verb in (
-    *cli_run.VERBS, *cli_dream.VERBS, *cli_data.VERBS, *cli_patch.VERBS, *cli_files.VERBS,
-    *cli_split.VERBS, *cli_lora.VERBS, *cli_chop.VERBS, *cli_track.VERBS, *cli_surgery.VERBS,
-    *cli_kohya.VERBS, *cli_join.VERBS,
+    *cli_run.VERBS, *cli_distill.VERBS, *cli_dream.VERBS, *cli_data.VERBS, *cli_patch.VERBS,
+    *cli_files.VERBS, *cli_split.VERBS, *cli_lora.VERBS, *cli_chop.VERBS, *cli_track.VERBS,
+    *cli_surgery.VERBS, *cli_kohya.VERBS, *cli_join.VERBS,
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)

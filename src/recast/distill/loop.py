@@ -256,10 +256,12 @@ def _terms(
     source, objective = teacher.objective, student.objective
     needs_teacher = bool(how.share) or wants_blocks
     with forward:
-        answer = draw.x0
+        answer, theirs = draw.x0, {}
         if needs_teacher:
             bound = expressed(teacher.bind(draw.condition), source, objective)
             answer = bound(draw.x, draw.t)
+        if wants_blocks:
+            theirs = teacher.tap.taken()  # before the student answers: both may be one network
         output = student.bind(draw.condition)(draw.x, draw.t).float()
     value, counts = target(
         answer, draw.x, draw.x0, draw.eps, draw.t,
@@ -270,7 +272,7 @@ def _terms(
     flow = evened.mean()
     blocks = torch.zeros_like(flow)
     if wants_blocks:
-        mine, theirs = student.tap.taken(), teacher.tap.taken()
+        mine = student.tap.taken()
         kd = KDS[how.kd](mine, theirs)
         clock = retime(draw.t, objective.path, source.path).clamp(max=1)
         signals = assess(mine, theirs, clock) if assess else None

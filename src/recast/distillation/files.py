@@ -1,0 +1,219 @@
+"""The student as a file in the original's layout, and the proof that the file is the student.
+
+Written, opened again, counted, hashed; its UNet differs from the base's and answers as the student
+in memory does, rounded to the file's precision, within 1e-5. Only then is an older file removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recast.checkpoint import Checkpoint, write
+from recast.distillation.config import Config, dump_toml
+from recast.distillation.folder import MODEL, read_json, write_json
+from recast.distillation.networks import Pair
+from recast.errors import CheckFailed
+from recast.layout import keymap, to_file
+from recast.markers import marker_specs, stamp, strip
+from recast.objective import OBJECTIVES, Objective
+
+if TYPE_CHECKING:
+    from recast.layout import Layout
+    from recast.train import Draw
+
+TOLERANCE = 1e-5  # of the largest number of the answer
+GOOD = "good.json"
+COMPONENTS = "recast.components"
+SAME_SEEN = 8  # samples of the draw that answers are compared on
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found of a written file; `error` is relative to the largest number of the answer.
+
+    `rounded`: how far rounding to the file's precision moves the answer; `changed` of `unet`
+    tensors differ from the base's.
+    """
+
+    file: str
+    step: int
+    sha256: str
+    size: int
+    tensors: int
+    unet: int
+    changed: int
+    error: float
+    rounded: float
+
+
+def model_path(out: Path, step: int, steps: int) -> Path:
+    """Where the student of a step is written: the last one is the result."""
+    return out / MODEL if step == steps else out / "models" / f"step{step:08d}.safetensors"
+
+
+def parts_of(layout: Layout, config: Config) -> tuple[str, ...]:
+    """The parts that a file holds: the UNet, and what of the others the config and the base say."""
+    texts = layout.text_parts if config.save.text else ()
+    vae = ("vae",) if config.save.vae and layout.vae else ()
+    return ("unet", *texts, *vae)
+
+
+def write_student(
+    base: Checkpoint, layout: Layout, unet: Mapping[str, Tensor], path: Path, config: Config,
+    objective: Objective, about: Mapping[str, str],
+) -> str:  # fmt: skip
+    """Stream a file of the parts wanted, each tensor in the base's precision; returns its sha256.
+
+    Every tensor of the UNet comes from `unet`, one to one; the others are the base's bytes.
+    """
+    wanted = parts_of(layout, config)
+    part = {entry.key: entry.part for entry in keymap(layout)}
+    keys = [key for key in strip(base.specs) if part.get(key, wanted[-1]) in wanted]
+    marks = marker_specs(objective.name)
+    specs = {**marks, **{k: (base.specs[k].dtype, base.specs[k].shape) for k in keys}}
+    mine = {key: "unet" for key in keys if part.get(key) == "unet"}
+    header = {
+        **base.metadata, **about, "recast.role": "checkpoint", COMPONENTS: ",".join(wanted),
+        "recast.base_sha256": base.sha256(), "recast.distil": dump_toml(config),
+    }  # fmt: skip
+    made = dict(to_file(keymap(layout), {"unet": unet}))
+    if made.keys() != mine.keys():
+        odd = sorted(made.keys() ^ mine.keys())
+        raise CheckFailed(f"the student and {base.path} differ in {len(odd)} names, first {odd[0]}")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from ((key, torch.zeros(shape)) for key, (_, shape) in marks.items())
+        for key in keys:
+            if key not in mine:
+                yield key, base[key]
+                continue
+            value = made.pop(key).to(base.specs[key].torch_dtype).reshape(base.specs[key].shape)
+            if not value.isfinite().all():
+                raise CheckFailed(f"{key} leaves the range of {value.dtype}: train more gently")
+            yield key, value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, specs, tensors(), stamp(header, objective.name), force=True)
+
+
+def checkpoint(pair: Pair, config: Config, out: Path, step: int, draw: Draw, digest: str) -> Proof:
+    """Write the student of a step, prove the file, and note it as the last good one.
+
+    Raises CheckFailed, and leaves what was good before, where the file is not the student.
+    """
+    path = model_path(out, step, config.run.steps)
+    dense = pair.dense()
+    model = pair.model
+    told = {"recast.run": digest, "recast.step": str(step)}
+    sha = write_student(model.checkpoint, model.layout, dense, path, config, pair.objective, told)
+    proof = prove(pair, config, path, step, sha, dense, draw)
+    write_json(out / GOOD, asdict(proof))
+    return proof
+
+
+def prove(
+    pair: Pair, config: Config, path: Path, step: int, sha: str, dense: Mapping[str, Tensor],
+    draw: Draw,
+) -> Proof:  # fmt: skip
+    """Open a file again and hold it against the student in memory."""
+    base, layout = pair.model.checkpoint, pair.model.layout
+    rows = slice(SAME_SEEN)
+    given = (draw.x[rows].float(), draw.t[rows], draw.condition[rows])
+    with Checkpoint(path) as file:
+        if file.sha256() != sha:
+            raise CheckFailed(f"{path} is not what was written (its hash differs): check the disk")
+        changed, unet = differing(base, file, layout)
+        if not changed:
+            raise CheckFailed(
+                f"{path}: all {unet} tensors of the UNet equal the base's, so nothing was learned "
+                "or nothing was saved; raise optimizer.lr or run.steps"
+            )
+        there = answer_of(pair, dense_of(file, layout), given)
+        tensors, size = len(file), file.nbytes
+    exact, inside = answer_of(pair, dense, given), answer_of(pair, rounded(pair, dense), given)
+    with torch.no_grad():
+        living = pair.student.bind(given[2])(given[0], given[1]).float().cpu()
+    scale = exact.abs().max().item()
+    errors = [
+        (there - inside).abs().max().item() / scale,
+        (exact - living).abs().max().item() / scale,
+    ]
+    if not max(errors) <= TOLERANCE:
+        raise CheckFailed(
+            f"{path}: its answer is off the student's by {max(errors):.1e}, more than "
+            f"{TOLERANCE:.0e}; the file before it is kept"
+        )
+    return Proof(
+        str(path.name), step, sha, size, tensors, unet, changed, max(errors),
+        (exact - inside).abs().max().item() / scale,
+    )  # fmt: skip
+
+
+def differing(base: Checkpoint, file: Checkpoint, layout: Layout) -> tuple[int, int]:
+    """(tensors of the UNet whose bytes are not the base's, tensors of the UNet)."""
+    keys = [*dict.fromkeys(e.key for e in keymap(layout) if e.part == "unet")]
+    return sum(base.raw(key) != file.raw(key) for key in keys), len(keys)
+
+
+def dense_of(file: Checkpoint, layout: Layout) -> dict[str, Tensor]:
+    """A file's UNet, fp32, parameter by name."""
+    from recast.layout import from_file
+
+    return {name: each.float() for name, each in from_file(keymap(layout), file, "unet")}
+
+
+def rounded(pair: Pair, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student as its file's precision has it."""
+    base = pair.model.checkpoint
+    kinds = {
+        e.param: base.specs[e.key].torch_dtype
+        for e in keymap(pair.model.layout)
+        if e.part == "unet"
+    }
+    return {name: each.to(kinds[name]).float() for name, each in dense.items()}
+
+
+@torch.no_grad()
+def answer_of(pair: Pair, dense: Mapping[str, Tensor], given: tuple[Tensor, Tensor, Any]) -> Tensor:
+    """What a UNet of these parameters, in fp32, answers to (x, t, condition); on the CPU."""
+    from dataclasses import replace
+
+    from recast.model.load import build, fill
+
+    model = pair.model
+    module = build(model.layout, "unet")
+    fill(module, iter(dense.items()), torch.float32, model.device, "unet")
+    module = module.to(model.device).eval().requires_grad_(False)
+    painter = replace(model, parts={"unet": module}, dtype=torch.float32)
+    x, t, condition = given
+    return painter.net(condition, pair.objective)(x, t).float().cpu()
+
+
+def good(out: Path) -> Mapping[str, object]:
+    """The proof of the last good file; empty before the first."""
+    return read_json(out / GOOD)
+
+
+def prune(out: Path, keep: int) -> list[Path]:
+    """Remove all but the `keep` newest files of steps, never the last good one; returns them.
+
+    Only to be called once the newest is proven.
+    """
+    pinned = good(out).get("file")
+    files = sorted((out / "models").glob("step*.safetensors"))
+    doomed = [path for path in files[: max(0, len(files) - keep)] if path.name != pinned]
+    for path in doomed:
+        path.unlink()
+    return doomed
+
+
+def objective_in(path: Path) -> Objective:
+    """What a written student predicts."""
+    with Checkpoint(path) as file:
+        return OBJECTIVES[file.metadata["recast.objective"]]
