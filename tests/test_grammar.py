@@ -51,3 +51,21 @@ def test_every_tag_list_names_what_its_sentence_names() -> None:
             tagged += 1
             assert found.thing.adjectives[0] in prompt
     assert 20 < tagged < 90
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_shards_are_the_whole_each_prompt_once(level: int) -> None:
+    whole = prompts(23, seed=5, level=level)
+    parts = [prompts(23, seed=5, level=level, shard=(i, 4)) for i in (1, 2, 3, 4)]
+    assert [len(part) for part in parts] == [6, 6, 6, 5]
+    dealt: list[str] = [""] * 23
+    for i, part in enumerate(parts):
+        dealt[i::4] = part
+    assert tuple(dealt) == whole
+    assert prompts(2, shard=(3, 4)) == ()
+
+
+@pytest.mark.parametrize("shard", [(0, 4), (5, 4), (1, 0)])
+def test_a_shard_that_there_is_not_is_refused(shard: tuple[int, int]) -> None:
+    with pytest.raises(Refused, match="no shard"):
+        prompts(5, shard=shard)

@@ -20,6 +20,9 @@ from typing import Literal
 
 from recast.errors import Refused
 
+Shard = tuple[int, int]
+"""(i, n): the i-th of n parts, from 1."""
+
 LEVELS = (1, 2, 3, 4, 5)
 TAGGED = 0.2  # of the prompts are lists of tags
 PLURAL = 0.15  # of the things come in numbers
@@ -190,18 +193,27 @@ def thing(level: int, source: random.Random) -> Thing:
     return Thing(name, noun, tuple(adjectives), phrase, count)
 
 
-def scenes(count: int, seed: int = 0, level: int = 0) -> Iterator[tuple[Scene, str]]:
-    """That many scenes and their prompts, of one level, or of the five in turn (0)."""
-    for k in range(count):
+def scenes(
+    count: int, seed: int = 0, level: int = 0, shard: Shard = (1, 1)
+) -> Iterator[tuple[Scene, str]]:
+    """That many scenes and their prompts, of one level, or of the five in turn (0).
+
+    A shard (i, n) are those at i - 1, i - 1 + n, …: the n shards together are the whole, each once,
+    whoever makes them. Raises Refused for a shard that there is not.
+    """
+    which, of = shard
+    if not 1 <= which <= of:
+        raise Refused(f"there is no shard {which} of {of}: give one of 1 to {of}.")
+    for k in range(which - 1, count, of):
         source = random.Random(f"{seed}/grammar/{k}")
         made = scene(level or LEVELS[k % len(LEVELS)], source)
         tagged = made.level > 1 and source.random() < TAGGED
         yield made, made.text("tags" if tagged else "sentence")
 
 
-def prompts(count: int, seed: int = 0, level: int = 0) -> tuple[str, ...]:
+def prompts(count: int, seed: int = 0, level: int = 0, shard: Shard = (1, 1)) -> tuple[str, ...]:
     """The prompts alone."""
-    return tuple(text for _, text in scenes(count, seed, level))
+    return tuple(text for _, text in scenes(count, seed, level, shard))
 
 
 def tags_of(thing: Thing) -> Sequence[str]:
