@@ -143,7 +143,11 @@ def test_prompts_come_from_the_user_the_world_or_the_list(model: Model, tmp_path
     assert all(len(encode(text)) <= LENGTH - 2 for text in shipped)
     assert sum(text.count(", ") > 4 for text in shipped) > 30
     assert sum(len(text.split()) < 4 for text in shipped) > 5
-    assert from_grammar(7, model.checkpoint, seed=1, level=2) == grammar.prompts(7, 1, 2)
+    whole = from_grammar(7, model.checkpoint, seed=1, level=2)
+    assert whole == grammar.prompts(7, 1, 2)
+    assert from_grammar(7, model.checkpoint, seed=1, level=2, shard=(3, 3)) == whole[2::3]
+    with pytest.raises(Refused, match="shard 8 of 9 of 7 prompts is empty"):
+        from_grammar(7, model.checkpoint, shard=(8, 9))
     captions = small.images(tmp_path / "images", 5)
     assert captions_of(captions) == small.PROMPTS
     for file in captions.glob("*.txt"):
@@ -157,6 +161,7 @@ def test_prompts_come_from_the_user_the_world_or_the_list(model: Model, tmp_path
     with Checkpoint(world) as file:
         captions, some = prompts_for(None, file), from_grammar(9, file, seed=1)
         assert some == from_grammar(20, file, seed=1)[:9] != from_grammar(9, file, seed=2)
+        assert from_grammar(9, file, seed=1, shard=(2, 4)) == some[1::4]
     assert captions
     assert set(some) < set(captions)
     assert not any(is_held(parse(text)) for text in captions)

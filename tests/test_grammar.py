@@ -69,3 +69,12 @@ def test_shards_are_the_whole_each_prompt_once(level: int) -> None:
 def test_a_shard_that_there_is_not_is_refused(shard: tuple[int, int]) -> None:
     with pytest.raises(Refused, match="no shard"):
         prompts(5, shard=shard)
+
+
+def test_the_command_line_names_a_shard() -> None:
+    from recast.cli_dream import part_of
+
+    assert part_of("3/8") == (3, 8)
+    for wrong in ("3", "3/", "-1/4", "a/b"):
+        with pytest.raises(Refused, match="i/n"):
+            part_of(wrong)

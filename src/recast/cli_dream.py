@@ -36,6 +36,9 @@ def dream(
     level: Annotated[
         int, typer.Option(min=0, max=5, help="How much is in one of those; 0: from 1 to 5 in turn.")
     ] = 0,
+    shard: Annotated[
+        str, typer.Option(help="Which part of those prompts, i/n: as many runs, each its own.")
+    ] = "1/1",
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps for each picture.")] = 25,
     solver: Annotated[str, typer.Option(help="euler, heun, dpmpp_2m, euler_ancestral …")] = "euler",
     cfg: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
@@ -60,7 +63,7 @@ def dream(
     if to not in OBJECTIVES:
         raise Refused(f"no objective {to!r}: --to takes one of {', '.join(OBJECTIVES)}.")
     with open_checkpoint(model_path(model)) as file:
-        texts = wishes_of(file, prompts, captions, grammar, level, seed)
+        texts = wishes_of(file, prompts, captions, grammar, level, seed, shard)
     where = device_of(device)
     opened = open_model(
         model_path(model), dtype=usual_dtype(where), device=where, parts=("unet", "te1", "te2"),
@@ -89,6 +92,7 @@ def wishes_of(
     grammar: int | None,
     level: int,
     seed: int,
+    shard: str = "1/1",
 ) -> tuple[str, ...]:
     """What the command line says to dream of; refuses two answers, and a level of nothing."""
     from recast.wishes import captions_of, from_grammar, prompts_for
@@ -97,11 +101,22 @@ def wishes_of(
         raise Refused("--prompts, --captions and --grammar each say what to dream of: give one.")
     if level and grammar is None:
         raise Refused("--level says how much is in a prompt of --grammar: give that too.")
+    part = part_of(shard)
+    if part != (1, 1) and grammar is None:
+        raise Refused("--shard takes a part of the prompts of --grammar: give that too.")
     if captions is not None:
         return captions_of(captions)
     if grammar is not None:
-        return from_grammar(grammar, checkpoint, seed=seed, level=level)
+        return from_grammar(grammar, checkpoint, seed=seed, level=level, shard=part)
     return prompts_for(prompts, checkpoint)
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """(i, n) of "i/n"; refuses anything else."""
+    which, _, of = shard.partition("/")
+    if not (which.isdecimal() and of.isdecimal()):
+        raise Refused(f"--shard is i/n, say 3/8, not {shard!r}.")
+    return int(which), int(of)
 
 
 VERBS = (dream,)

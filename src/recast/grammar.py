@@ -201,9 +201,7 @@ def scenes(
     A shard (i, n) are those at i - 1, i - 1 + n, …: the n shards together are the whole, each once,
     whoever makes them. Raises Refused for a shard that there is not.
     """
-    which, of = shard
-    if not 1 <= which <= of:
-        raise Refused(f"there is no shard {which} of {of}: give one of 1 to {of}.")
+    which, of = checked(shard)
     for k in range(which - 1, count, of):
         source = random.Random(f"{seed}/grammar/{k}")
         made = scene(level or LEVELS[k % len(LEVELS)], source)
@@ -214,6 +212,14 @@ def scenes(
 def prompts(count: int, seed: int = 0, level: int = 0, shard: Shard = (1, 1)) -> tuple[str, ...]:
     """The prompts alone."""
     return tuple(text for _, text in scenes(count, seed, level, shard))
+
+
+def checked(shard: Shard) -> Shard:
+    """The shard; refuses one that there is not."""
+    which, of = shard
+    if not 1 <= which <= of:
+        raise Refused(f"there is no shard {which} of {of}: give i/n with i from 1 to n.")
+    return shard
 
 
 def tags_of(thing: Thing) -> Sequence[str]:

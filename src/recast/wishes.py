@@ -45,15 +45,25 @@ def captions_of(folder: Path) -> tuple[str, ...]:
 
 
 def from_grammar(
-    count: int, checkpoint: Checkpoint, *, seed: int = 0, level: int = 0
+    count: int,
+    checkpoint: Checkpoint,
+    *,
+    seed: int = 0,
+    level: int = 0,
+    shard: grammar.Shard = (1, 1),
 ) -> tuple[str, ...]:
     """That many prompts put together at random, a longer list beginning with the shorter.
 
     level 1 to 5 says how much is in each, 0 takes the five in turn; the pocket world has one.
+    Of a shard (i, n) every n-th of them from the i-th on. Raises Refused where that is none.
     """
+    which, of = grammar.checked(shard)
+    if which > count:
+        raise Refused(f"shard {which} of {of} of {count} prompts is empty: ask for {of} at least.")
     if in_pocket(checkpoint):
-        return tuple(random.Random(f"{seed}/world").choices(pocket_world(), k=count))
-    return grammar.prompts(count, seed, level)
+        whole = random.Random(f"{seed}/world").choices(pocket_world(), k=count)
+        return tuple(whole[which - 1 :: of])
+    return grammar.prompts(count, seed, level, shard)
 
 
 def in_pocket(checkpoint: Checkpoint) -> bool:
