@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from tests.faults import Faults
 
-from recast import checkpoint as reading
+from recast import opened as reading
 from recast import commit as committing
 from recast import disk
 from recast.checkpoint import Checkpoint, write, write_dict

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "recast"
 LAYERS = {
     **dict.fromkeys(["errors", "events"], 0.0),
     **dict.fromkeys(["disk", "header", "processes", "subspace"], 0.1),
-    "commit": 0.15,
+    **dict.fromkeys(["commit", "opened"], 0.15),
     **dict.fromkeys(["checkpoint", "objective", "lowrank"], 0.2),
     **dict.fromkeys(["markers", "quantise", "timesteps", "weighting"], 0.3),
     "grammar": 1,
@@ -22,6 +22,7 @@ LAYERS = {
     **dict.fromkeys(["dream", "painting"], 5.5),
     "surgery": 5.6,
     **dict.fromkeys(["convert", "distillation", "verification"], 6),
+    "assessing": 6.1,
     "console": 6.5,
     "show": 6.6,
     "cli": 7,

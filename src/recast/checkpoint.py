@@ -1,38 +1,29 @@
-"""Checkpoints: read one tensor at a time, written in one stream.
-
-Reading is pread into fresh memory, never a mapping: streaming a 6.9 GB file adds the size of its
-largest tensor to memory, and a file that another process truncates is an error, not a crash.
-"""
+"""Checkpoints: read one tensor at a time, written in one stream."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from recast.commit import commit
-from recast.disk import FLAGS, read_at
-from recast.errors import Refused
 from recast.header import (
     DTYPES,
     FLOATS,
     HEADER_LIMIT,
-    Header,
     Spec,
     dtype_name,
     header_bytes,
     parse_header,
     place,
-    refuse_kind,
 )
+from recast.opened import CHUNK, OpenFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CHUNK",
     "DTYPES",
     "FLOATS",
     "Checkpoint",
@@ -41,9 +32,8 @@ __all__ = [
     "dtype_name",
     "write",
     "write_dict",
+    "write_pieces",
 ]
-
-CHUNK = 1 << 24
 
 
 class Store(Protocol):
@@ -77,7 +67,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self, path: Path | str, *, header_limit: int = HEADER_LIMIT, store: Store | None = None
     ) -> None:
         self.path = Path(path)
-        self._store: Store = _File(self.path, header_limit) if store is None else store
+        self._store: Store = OpenFile(self.path, header_limit) if store is None else store
         self.specs: dict[str, Spec] = self._store.specs
         self.metadata: dict[str, str] = self._store.metadata
         self._sha256: str | None = None
@@ -86,6 +76,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def files(self) -> tuple[Path, ...]:
         """The files that its bytes come from, which nothing may be written over."""
         return self._store.files
+
+    @property
+    def single(self) -> OpenFile | None:
+        """The one file that holds the tensors as they are; None where a store makes them."""
+        return self._store if isinstance(self._store, OpenFile) else None
 
     @property
     def nbytes(self) -> int:
@@ -131,44 +126,6 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return self._sha256
 
 
-class _File:
-    """One open safetensors file."""
-
-    def __init__(self, path: Path, header_limit: int) -> None:
-        self.path = path
-        self.files = (path,)
-        self._fd = _open(path)
-        self._close = weakref.finalize(self, os.close, self._fd)
-        try:
-            header = _read_header(path, self._fd, header_limit)
-        except BaseException:
-            self.close()
-            raise
-        self.specs: dict[str, Spec] = header.specs
-        self.metadata: dict[str, str] = header.metadata
-        self._data = header.data
-
-    @property
-    def nbytes(self) -> int:
-        return os.fstat(self._fd).st_size
-
-    def close(self) -> None:
-        self._close()
-
-    def raw(self, key: str) -> bytearray:
-        spec = self.specs[key]
-        data = bytearray(spec.nbytes)
-        _read_into(self.path, self._fd, memoryview(data), self._data + spec.start)
-        return data
-
-    def sha256(self) -> str:
-        found, at = hashlib.sha256(), 0
-        while chunk := read_at(self._fd, CHUNK, at):
-            found.update(chunk)
-            at += len(chunk)
-        return found.hexdigest()
-
-
 def write(
     path: Path | str,
     specs: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -209,6 +166,48 @@ def write(
     return commit(path, fill, size=size, force=force, sources=sources, twins=twins)
 
 
+def write_pieces(
+    path: Path | str,
+    specs: Mapping[str, tuple[str, tuple[int, ...]]],
+    pieces: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    last: Callable[[], Mapping[str, str]],
+    *,
+    force: bool = False,
+    sources: Sequence[Path | str] = (),
+) -> str:
+    """As write, of tensors that come in pieces: one after the other, values in order, any shape.
+
+    last: the metadata once all pieces were taken, of the same length in bytes as before: what is
+    only known then, such as hashes of what was read (ValueError for another length).
+    """
+    placed = place(specs)
+    head = header_bytes(placed, metadata)
+    data = sum(spec.nbytes for spec in placed.values())
+    parse_header(Path(path), head[8:], data)
+
+    def fill(file: BinaryIO) -> None:
+        left = {key: spec.nbytes for key, spec in placed.items()}
+        for key, piece in pieces:
+            spec, size = placed[key], piece.numel() * piece.element_size()
+            if dtype_name(piece.dtype) != spec.dtype or size > left[key]:
+                raise ValueError(f"{key} is {spec}, and {size} bytes of {piece.dtype} are no part")
+            if size:
+                file.seek(len(head) + spec.end - left[key])
+                file.write(_bytes(piece))
+            left[key] -= size
+            del piece  # before the next is made
+        if short := [key for key, size in left.items() if size]:
+            raise ValueError(f"{short[0]} has not come whole")
+        final = header_bytes(placed, last())
+        if len(final) != len(head):
+            raise ValueError(f"the header has {len(final)} bytes, not {len(head)}")
+        file.seek(0)
+        file.write(final)
+
+    return commit(path, fill, size=len(head) + data, force=force, sources=sources)
+
+
 def write_dict(
     path: Path | str,
     tensors: Mapping[str, Tensor],
@@ -230,72 +229,3 @@ def _bytes(tensor: Tensor) -> memoryview:
     # torch calls a single element contiguous whatever its stride, and then cannot view it as bytes
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy().data)
-
-
-def _open(path: Path) -> int:
-    if path.is_dir():
-        if (path / "model_index.json").exists() or (path / "unet").is_dir():
-            raise Refused(
-                f"{path} is a diffusers folder, and a single file is wanted here: write one with "
-                "recast export FOLDER --to single-file."
-            )
-        raise Refused(f"{path} is a folder: give a .safetensors file.")
-    try:
-        return os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError as error:
-        raise Refused(f"{path} does not exist: check the path.") from error
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read ({error}): check name and permissions.") from error
-
-
-def _read_header(path: Path, fd: int, limit: int) -> Header:
-    size = os.fstat(fd).st_size
-    first = read_at(fd, 256, 0)
-    if not first:
-        raise Refused(f"{path} is empty: download or copy it again.")
-    length = int.from_bytes(first[:8], "little")
-    if len(first) < 10 or length > size - 8 or length > limit or first[8:9] != b"{":
-        refuse_kind(path, first)
-        if first[8:9] == b"{" and limit < length <= size - 8:
-            raise Refused(
-                f"{path} has a header of {length:,} bytes, more than the {limit:,} of "
-                "any checkpoint: it is damaged or made to exhaust memory."
-            )
-        if first[8:9] == b"{" and length < 1 << 32:
-            raise Refused(
-                f"{path} is truncated (its header alone has {length:,} bytes, the file "
-                f"{size:,}): download or copy it again."
-            )
-        raise Refused(
-            f"{path} is no safetensors file (it begins with {first[:8]!r}): give a "
-            ".safetensors checkpoint."
-        )
-    text = bytearray(length)
-    _read_into(path, fd, memoryview(text), 8)
-    return parse_header(path, bytes(text), size - 8 - length)
-
-
-def _read_part(fd: int, view: memoryview, at: int) -> int:
-    """Read into memory at a position; Windows has no preadv."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [view], at)
-    data = read_at(fd, len(view), at)
-    view[: len(data)] = data
-    return len(data)
-
-
-def _read_into(path: Path, fd: int, view: memoryview, at: int) -> None:
-    done = 0
-    while done < len(view):
-        try:
-            count = _read_part(fd, view[done : done + CHUNK], at + done)
-        except OSError as error:
-            raise Refused(
-                f"{path} cannot be read at byte {at + done:,} ({error.strerror}): check "
-                "the disk, or copy the file elsewhere."
-            ) from error
-        if not count:
-            raise Refused(
-                f"{path} became shorter while it was read: run again once nothing else writes it."
-            )
-        done += count

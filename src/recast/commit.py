@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -221,10 +222,13 @@ def _temporary(path: Path) -> Path:
 def _fill(fd: int, write: Callable[[BinaryIO], object]) -> str:
     with Writer(fd) as file:
         write(cast(BinaryIO, file))
-        os.fsync(fd)
+        with ThreadPoolExecutor(1) as pool:  # a file that came out of order is read for its hash
+            synced = pool.submit(os.fsync, fd)
+            digest = file.sha256()
+            synced.result()
         if os.fstat(fd).st_size != file.size:
             raise OSError(errno.EIO, "the file is not as long as what was written to it")
-        return file.sha256()
+        return digest
 
 
 def _seal(folder: Path) -> None:

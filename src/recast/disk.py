@@ -30,6 +30,7 @@ else:
 
 
 CHUNK = 1 << 24
+PIECE = 1 << 22  # of hashing
 WINDOWS = sys.platform == "win32"
 FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # of every file that is opened
 
@@ -98,8 +99,8 @@ class Writer(io.RawIOBase):
         if self._in_order:
             return self._hash.hexdigest()
         whole = hashlib.sha256()
-        for start in range(0, self.size, CHUNK):
-            whole.update(read_at(self.fd, CHUNK, start))
+        for start in range(0, self.size, PIECE):
+            whole.update(read_at(self.fd, PIECE, start))
         return whole.hexdigest()
 
 

@@ -18,12 +18,12 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-from recast import checkpoint
+from recast import opened
 from recast.checkpoint import Checkpoint
 from recast.surgery.merging import write_merge
 from recast.surgery.recipes import Step, parse_weights
 
-checkpoint.CHUNK = 1 << 20  # of hashing, which is 32 MB for files of every size
+opened.PIECE = 1 << 20
 torch.set_num_threads(1)
 torch.lerp(torch.randn(4), torch.randn(4), 0.5)
 

@@ -21,6 +21,7 @@ from recast.checkpoint import Checkpoint
 from recast.errors import Refused
 from recast.layout import Layout, detect
 from recast.layout.names import PART_NAMES, VAE
+from recast.layout.sites import blocks
 from recast.markers import read_objective
 
 PARTS = {"unet": ("unet",), "te": ("te1", "te2"), "te1": ("te1",), "te2": ("te2",), "vae": ("vae",)}
@@ -33,17 +34,17 @@ OWN = ("run", "recipe", "base_sha256", "adapter_role", "start", "warm", "merge")
 def in_chunks(
     function: Callable[[Tensor, Sequence[Tensor]], Tensor], a: Tensor, others: Sequence[Tensor]
 ) -> Tensor:
-    """A function that works value by value, into the memory of a, with few values wide at a time.
+    """A function that works value by value, with few values wide at a time, in the dtype of a.
 
-    It is given fp32 (fp64 where a is); the others' dtypes may differ. a is overwritten, returned.
+    It is given fp32 (fp64 where a is); the others' dtypes may differ.
     """
-    flat, rest = a.view(-1), [x.reshape(-1) for x in others]
+    flat, rest = a.reshape(-1), [x.reshape(-1) for x in others]
+    result = torch.empty_like(flat)
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     for at in range(0, len(flat), CHUNK):
         part = slice(at, at + CHUNK)
-        wide = function(flat[part].to(work), [x[part].to(work) for x in rest])
-        flat[part] = wide.to(a.dtype)
-    return a
+        result[part] = function(flat[part].to(work), [x[part].to(work) for x in rest])
+    return result.reshape(a.shape)
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def shares_of(a: Checkpoint, b: Checkpoint, shares: Weights) -> dict[str, float]
     lacks, and for weights that name nothing.
     """
     layout = _mergeable(a, b)
-    named = {site.key: (site.part, site.block) for site in layout.sites("every")}
+    named = blocks(layout.plan)
     named |= {key: ("vae", "VAE") for key in a.specs if key.startswith(VAE)}
-    blocks = sorted({block for _, block in named.values()})
+    every = sorted({block for _, block in named.values()})
     for name, _ in shares.rules[1:]:
         if not any(_fits(name, part, block) for part, block in named.values()):
-            near = difflib.get_close_matches(name, [*PARTS, *blocks], 1, 0)[0]
+            near = difflib.get_close_matches(name, [*PARTS, *every], 1, 0)[0]
             raise Refused(f"--weight {name}=…: no part or block is called that; is it {near}?")
     plan = {key: shares.of(part, block) for key, (part, block) in named.items() if key in a.specs}
     for key, share in plan.items():

@@ -21,6 +21,7 @@ TE1.NORM, TE2.PROJ those of a text encoder.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,6 +34,10 @@ from recast.layout.names import TEXTS, UNET
 KINDS = {1: "norm", 2: "linear", 4: "conv"}
 OUTER = ("IN", "OUT", "TIME", "LABEL")  # no part of a transformer, ResNet, down- or upsampler
 MATRICES = ("linear", "conv")
+TEXT_LAYER = re.compile(r"\.(?:encoder\.layers|resblocks)\.(\d+)\.")
+# of CLIP's and of OpenCLIP's names
+TEXT_BLOCKS = {"embedding": "EMB", "final_layer_norm": "NORM", "ln_final": "NORM",
+               "text_projection": "PROJ"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ def _site(
     if entry.transpose:
         shape = shape[::-1]
     return Site(
-        entry.key, entry.part, module, param, lora_name(plan, entry), block_name(plan, entry),
-        kind, shape, entry.rows, entry.transpose,
+        entry.key, entry.part, module, param, lora_name(plan, entry),
+        block_name(entry.part, entry.key), kind, shape, entry.rows, entry.transpose,
     )  # fmt: skip
 
 
@@ -117,11 +122,11 @@ def lora_name(plan: Plan, entry: Entry) -> str:
     return head + module.replace(".", "_")
 
 
-def block_name(plan: Plan, entry: Entry) -> str:
-    """The block of a parameter, such as IN04, OUT08, TE2.L31."""
-    if entry.part != "unet":
-        return f"{entry.part.upper()}.{_text_block(entry.param.removeprefix('text_model.'))}"
-    first, *rest = entry.key.removeprefix(UNET).split(".")
+def block_name(part: str, key: str) -> str:
+    """The block of a tensor of the file, such as IN04, OUT08, TE2.L31; no tracing is needed."""
+    if part != "unet":
+        return f"{part.upper()}.{_text_block(key)}"
+    first, *rest = key.removeprefix(UNET).split(".")
     if first == "input_blocks":
         return "IN" if rest[0] == "0" else f"IN{int(rest[0]):02}"
     if first == "output_blocks":
@@ -130,11 +135,21 @@ def block_name(plan: Plan, entry: Entry) -> str:
     return f"MID{rest[0]}" if first == "middle_block" else names[first]
 
 
-def _text_block(param: str) -> str:
-    first, *rest = param.split(".")
-    if first == "encoder":
-        return f"L{int(rest[1]):02}"
-    return {"embeddings": "EMB", "final_layer_norm": "NORM", "text_projection": "PROJ"}[first]
+def _text_block(key: str) -> str:
+    if layer := TEXT_LAYER.search(key):
+        return f"L{int(layer[1]):02}"
+    return next(block for word, block in TEXT_BLOCKS.items() if word in key)
+
+
+def blocks(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Part and block of every tensor of the UNet and the text encoders, by its name in the file."""
+    prefixes = {"unet": UNET, **TEXTS[plan.family]}
+    return {
+        key: (part, block_name(part, key))
+        for key in blueprint(plan)
+        for part, prefix in prefixes.items()
+        if key.startswith(prefix)
+    }
 
 
 def _chooser(plan: Plan, everything: list[Site], name: str) -> Callable[[Site], bool]:

@@ -1,14 +1,14 @@
-"""Merging checkpoints by a tree of steps: one tensor at a time, from all files at once.
+"""Merging checkpoints by a tree of steps: a piece at a time, from all files at once.
 
-A tensor that no network reads is the first model's, as are dtypes and markers. What each step makes
-of a tensor is in `blend`. Adapters are added in fp32: W + sum_i w_i dW_i, rounded once.
+Rules that work value by value take pieces of tensors, the others whole ones. A tensor that no
+network reads is the first model's, as are dtypes and markers. What each step makes of a tensor is
+in `blend`. Adapters are added in fp32: W + sum_i w_i dW_i, rounded once.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from recast.adapter.formats import FULL_SUFFIXES, open_raw
 from recast.adapter.merge import OWN, RECIPE, in_chunks, shares_of
 from recast.adapter.places import Place, read_site, refuse_residual, widened
 from recast.adapter.rebuild import CONTENT_HASHES, _finite
-from recast.checkpoint import Checkpoint, write
+from recast.checkpoint import DTYPES, Checkpoint, write_pieces
 from recast.commit import refuse_target
 from recast.errors import CheckFailed, Refused
 from recast.layout import Site, detect, open_checkpoint
@@ -32,10 +32,13 @@ from recast.surgery.guard import refuse_principal
 from recast.surgery.join import hashes
 from recast.surgery.pieces import DORA, others, pieces, placed
 from recast.surgery.recipes import PAIRS, Added, Step
+from recast.surgery.stream import UNKNOWN, Source, ahead, piece_size, spans
 from recast.surgery.sums import Term
 from recast.surgery.weights import Weights, parse, refuse_unknown
 
 Changes = dict[str, list[tuple[Site, Term]]]
+Given = Mapping[Path, Tensor]  # a tensor of each file, or the same piece of it
+POINTWISE = ("weighted", "difference")
 
 
 @dataclass(frozen=True)
@@ -63,45 +66,92 @@ def write_merge(step: Step, out: Path, *, force: bool = False) -> str:
     with ExitStack() as files:
         opened = {path: files.enter_context(open_checkpoint(path)) for path in step.files}
         sources = [path for file in opened.values() for path in file.files]
-        refuse_target(out, force=force, sources=[*sources, *_adapters(step)])
+        refuse_target(out, force=force, sources=[*sources, *filter(Path.is_file, _adapters(step))])
         made = _opened(step, opened, files)
         first = made.first
-        with ThreadPoolExecutor() as pool:  # hashing two files takes the time of one
-            list(pool.map(Checkpoint.sha256, opened.values()))
         about = {
             key: value for key, value in first.metadata.items()
             if key not in CONTENT_HASHES and key not in {f"recast.{name}" for name in OWN}
         }  # fmt: skip
-        about |= {"recast.role": "checkpoint", RECIPE: json.dumps(_recipe(step, opened))}
+        about |= {"recast.role": "checkpoint"}
+        read = {path: files.enter_context(Source(file)) for path, file in opened.items()}
+        known = {added: hashes(added) for added in _adapters(step)}
+        for path, file in opened.items():  # those of single files are hashed while they are read
+            known[path] = UNKNOWN if file.single else file.sha256()
+
+        def last() -> dict[str, str]:
+            known.update({path: source.sha256() for path, source in read.items()})
+            return about | {RECIPE: json.dumps(_recipe(step, known))}
+
         specs = {key: (spec.dtype, spec.shape) for key, spec in first.specs.items()}
-        tensors = ((key, value(made, key)) for key in specs)
-        return write(out, specs, tensors, about, force=force, sources=sources)
+        begun = about | {RECIPE: json.dumps(_recipe(step, known))}
+        pieces = _merged(made, read)
+        return write_pieces(out, specs, pieces, begun, last, force=force, sources=sources)
 
 
-def value(model: Checkpoint | Made, key: str) -> Tensor:
-    """One tensor of a merge, in the dtype of its first model's."""
+def _merged(made: Made, read: Mapping[Path, Source]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the result in the first file's order, in pieces; read and made ahead."""
+    specs = made.first.specs
+    size = piece_size(max((spec.nbytes for spec in specs.values()), default=0), len(read))
+
+    def given() -> Iterator[tuple[str, Given]]:
+        for key, spec in specs.items():
+            wanted = dict.fromkeys(file.path for file in _needed(made, key))
+            values = max(1, spec.numel if _whole(made, key) else size // DTYPES[spec.dtype][0])
+            shape = spec.shape if _whole(made, key) else (-1,)
+            for _, first, last in spans(key, spec.shape, values):
+                yield key, {p: read[p].read(key, first, last).reshape(shape) for p in wanted}
+
+    def results() -> Iterator[tuple[str, Tensor]]:
+        for key, tensors in ahead(given()):
+            yield key, value(made, key, tensors)
+
+    return ahead(results())
+
+
+def _needed(model: Checkpoint | Made, key: str) -> Iterator[Checkpoint]:
+    """The files that a tensor of a merge is made from."""
     if isinstance(model, Checkpoint):
-        return model[key]
-    mine = value(model.models[0], key)
+        yield model
+        return
+    yield from _needed(model.models[0], key)
+    for other, share in zip(model.models[1:], model.shares, strict=False):
+        if share.get(key):
+            yield from _needed(other, key)
+
+
+def _whole(model: Checkpoint | Made, key: str) -> bool:
+    """Whether a tensor has to be whole for the work that is done to it."""
+    if isinstance(model, Checkpoint):
+        return model.single is None
+    work = model.changes.get(key) or any(share.get(key) for share in model.shares)
+    if work and model.step.how not in POINTWISE:
+        return True
+    return any(_whole(other, key) for other in model.models)
+
+
+def value(model: Checkpoint | Made, key: str, given: Given) -> Tensor:
+    """A tensor of a merge or a piece of it, from those of the files, which stay as they are."""
+    if isinstance(model, Checkpoint):
+        return given[model.path]
+    mine = value(model.models[0], key, given)
     if model.changes.get(key):
-        return _sound(mine, key, partial(_changed, changes=model.changes[key]))
-    shares = [share.get(key, 0.0) for share in model.shares]
-    if not any(shares):
+        return _sound(mine, key, _changed(mine, model.changes[key]))
+    numbers = [index for index, share in enumerate(model.shares) if share.get(key)]
+    if not numbers:
         return mine
-    wanted = [
-        value(other, key) for other, share in zip(model.models[1:], shares, strict=True) if share
-    ]
-    numbers = [index for index, share in enumerate(shares) if share]
-    work = partial(_blended, step=model.step, key=key, others=wanted, numbers=numbers,
-                   shares=[share for share in shares if share])  # fmt: skip
-    return _sound(mine, key, work)
+    others = [value(model.models[1 + index], key, given) for index in numbers]
+    shares = [model.shares[index][key] for index in numbers]
+    return _sound(mine, key, _blended(mine, model.step, key, others, numbers, shares))
 
 
 def _blended(
     a: Tensor, step: Step, key: str, others: list[Tensor], numbers: list[int], shares: list[float]
 ) -> Tensor:
-    """What a step makes of one tensor; a may be overwritten."""
-    if step.how in ("weighted", "difference"):
+    """What a step makes of one tensor, in its dtype."""
+    if step.how in POINTWISE:
+        if step.how == "weighted" and len(others) == 1 and _alike(a, others[0]):
+            return torch.lerp(a, others[0], shares[0])
         rule = blend.weighted if step.how == "weighted" else blend.difference
         return in_chunks(lambda wide, rest: rule(wide, rest, shares), a, others)
     wide = widened(a)
@@ -118,11 +168,14 @@ def _blended(
     return result.to(a.dtype)
 
 
-def _sound(tensor: Tensor, key: str, work: partial[Tensor]) -> Tensor:
-    """The work's result; raises CheckFailed where it leaves the range of the dtype."""
-    sound = _finite(tensor)
-    result = work(tensor)
-    if sound and not _finite(result):
+def _alike(a: Tensor, x: Tensor) -> bool:
+    """Whether torch mixes two at once: through fp32, rounded once, the very bits of chunks."""
+    return a.dtype == x.dtype and a.element_size() > 1
+
+
+def _sound(tensor: Tensor, key: str, result: Tensor) -> Tensor:
+    """The result; raises CheckFailed where work led out of the range of the dtype."""
+    if not _finite(result) and _finite(tensor):
         raise CheckFailed(
             f"{key} leaves the range of {result.dtype} when merged: store the first model in bf16 "
             "or fp32."
@@ -131,7 +184,7 @@ def _sound(tensor: Tensor, key: str, work: partial[Tensor]) -> Tensor:
 
 
 def _changed(tensor: Tensor, changes: list[tuple[Site, Term]]) -> Tensor:
-    total = widened(tensor)
+    total = widened(tensor).clone() if tensor.element_size() > 2 else widened(tensor)
     for site, term in changes:
         view = Place("", site).view(total)
         view += term.dense().reshape(view.shape).to(total.dtype)
@@ -205,17 +258,17 @@ def _collect(
 
 
 def _adapters(step: Step) -> Iterator[Path]:
-    yield from (added.path for added in step.adapters if added.path.is_file())
+    yield from (added.path for added in step.adapters)
     for model in step.models:
         if isinstance(model, Step):
             yield from _adapters(model)
 
 
-def _recipe(step: Step, opened: Mapping[Path, Checkpoint]) -> dict[str, object]:
+def _recipe(step: Step, known: Mapping[Path, str]) -> dict[str, object]:
     """The tree with every file's hash."""
     models = [
-        _recipe(model, opened) if isinstance(model, Step)
-        else {"file": model.name, "sha256": opened[model].sha256()}
+        _recipe(model, known) if isinstance(model, Step)
+        else {"file": model.name, "sha256": known[model]}
         for model in step.models
     ]  # fmt: skip
     found: dict[str, object] = {"how": step.how, "models": models}
@@ -227,7 +280,7 @@ def _recipe(step: Step, opened: Mapping[Path, Checkpoint]) -> dict[str, object]:
         found["seed"] = step.seed
     if step.adapters:
         found["adapters"] = [
-            {"file": one.path.name, "sha256": hashes(one.path), "strength": one.strength,
+            {"file": one.path.name, "sha256": known[one.path], "strength": one.strength,
              **({"weights": one.weights} if one.weights else {})} for one in step.adapters
         ]  # fmt: skip
     return found
