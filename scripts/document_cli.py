@@ -33,17 +33,26 @@ def pages() -> Iterator[str]:
     from recast.cli import app
 
     yield INTRODUCTION
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in commands(typer.main.get_command(app)):
         about, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
         yield f"## recast {name}\n\n{about.strip()}\n"
         if example:
             yield f"```\n{' '.join(example.split())}\n```\n"
         yield "| | |\n|---|---|"
-        for parameter in command.params:
+        for parameter in command.params:  # type: ignore[attr-defined]
             if parameter.name == "help":
                 continue
             yield f"| `{spelled(parameter)}` | {described(parameter)} |"
         yield ""
+
+
+def commands(group: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every verb with its name, a verb of several words by all of them."""
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
 
 
 def spelled(parameter: object) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from recast import (
     __version__,
+    cli_assessor,
     cli_chop,
     cli_data,
     cli_distill,
@@ -63,6 +64,7 @@ for verb in (
 ):  # fmt: skip
     app.command(no_args_is_help=True)(verb)
 app.command()(cli_run.demo)
+app.add_typer(cli_assessor.app, name="assessor")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +26,7 @@ from recast.distill.signals import absolute, assess
 
 LEVELS = 15  # of confidence, for the calibration error
 SHIFT = -20.0
+PUBLISHED = 100  # bins
 STILL = 1e-3  # nats that rounding may move a cross-entropy by
 Pooled = Mapping[str, Tensor]
 
@@ -144,8 +145,9 @@ def shifted(assessor: Assessor, pooled: Pooled, t: Tensor) -> float:
 
 
 def untrained(assessor: Assessor, pooled: Pooled, t: Tensor, seed: int = 0) -> dict[str, float]:
-    """S5's block weights, as published, from a probe as it is drawn: each block's lambda."""
-    fresh = Assessor(assessor.shape, Generator().manual_seed(seed)).to(t.device)
+    """S5's block weights, as published, from a probe of 100 bins as it is drawn: each lambda."""
+    shape = replace(assessor.shape, bins=PUBLISHED)
+    fresh = Assessor(shape, Generator().manual_seed(seed)).to(t.device)
     fresh.standardise(pooled)
     fusion = Fusion(base_weights(fresh.blocks), normalise="none")
     fused = fusion.weigh(assess(fresh, pooled, t, form="literal"))
