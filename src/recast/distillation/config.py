@@ -60,11 +60,15 @@ class Data(_Section):
 
 
 class Student(_Section):
-    """full: every parameter of the UNet; adapter: a LoRA of rank `dim` in the profile's layers."""
+    """full: the profile's layers whole; adapter: a LoRA of rank `dim` in the profile's layers.
+
+    `warm` "clock" fits a full student's time embedding to its new times before the first step.
+    """
 
     kind: Literal["full", "adapter"]
     profile: Names
     dim: Count
+    warm: Literal["none", "clock"]
 
 
 class Target(_Section):

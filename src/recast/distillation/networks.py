@@ -110,6 +110,9 @@ def whole(model: Model, config: Config, blocks: tuple[str, ...] | None) -> Pair:
     chosen = {
         site.name for site in model.layout.sites(config.student.profile) if site.part == "unet"
     }
+    objective = objective_of(config)
+    if config.student.warm == "clock":
+        warm(unet, model.objective, objective)
     parameters = {name: p for name, p in unet.named_parameters() if name in chosen}
     if not parameters:
         raise Refused(f"student.profile {config.student.profile!r} names no layer of the UNet.")
@@ -122,8 +125,22 @@ def whole(model: Model, config: Config, blocks: tuple[str, ...] | None) -> Pair:
         return {name: value.detach().float().cpu().clone() for name, value in state.items()}
 
     teacher, tap = tapped(model, model.objective, config, blocks)
-    student, _ = tapped(learner, objective_of(config), config, blocks)
+    student, _ = tapped(learner, objective, config, blocks)
     return Pair(model, learner, teacher, student, parameters, dense, tap)
+
+
+def warm(unet: nn.Module, source: Objective, objective: Objective) -> None:
+    """Fit the time embedding to the times of another path, in closed form."""
+    from recast.train import fit_clock
+
+    if source.path == objective.path:
+        return
+    embedding = unet.get_submodule("time_embedding")
+    features = unet.get_submodule("time_proj")
+    fit = fit_clock(embedding, features, source.path, objective.path)
+    with torch.no_grad():
+        for name, value in fit.weights.items():
+            embedding.get_parameter(name).copy_(value)
 
 
 def adapted(
