@@ -2,33 +2,31 @@
 
     step = accumulate x count micro-batches; process r of w takes those numbered r, r + w, r + 2 w …
 
-Gradients are gathered micro-batch by micro-batch and added up in the order of their numbers, so the
-sum is bit for bit that of one process that accumulates them all; all processes then take the same
-step. Process 0 alone writes, prints and holds the lock; the others wait until there is something to
-train on. Whoever fails first says why, and all end.
+All processes take the same step, with everybody's gradients (recast.train.team). Process 0 alone
+writes, prints and holds the lock; the others wait until there is something to train on. Whoever
+fails first says why, and all end. Each tells every few seconds that it is still there: who stays
+silent for a minute, or was the store's host and is gone, has ended without a word.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from recast.errors import RecastError, Refused
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-T = TypeVar("T")
 LONG = timedelta(days=7)  # a first process that dreams or measures keeps the others waiting
 POLL = 0.1  # seconds between looks at what has been reached
 LINGER = 10.0  # seconds that the first process, which may host the store, waits for the others
-BUCKET = 1 << 24  # numbers that are gathered together
+BEAT = 5.0  # seconds between signs of life
+SILENCE = 60.0  # seconds without one after which a process counts as ended
+GRACE = 10.0  # seconds in which a process may find that out by itself
+OVER = "over"
 
 
 class Left(RecastError):
@@ -65,9 +63,19 @@ def several() -> bool:
     return count() > 1
 
 
-def dealt(draws: Iterable[T]) -> Iterator[T]:
-    """Of a run's micro-batches those that are this process's."""
-    return islice(draws, rank(), None, count())
+def mine(number: int) -> bool:
+    """Whether this process takes the micro-batch of a number."""
+    return number % count() == rank()
+
+
+def sharing() -> bool:
+    """Whether the launch asks for weights to be shared out (FSDP)."""
+    return several() and asked("FSDP")
+
+
+def asked(name: str) -> bool:
+    """Whether `accelerate launch` was told to use something."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
 
 def join() -> None:
@@ -77,12 +85,11 @@ def join() -> None:
     """
     if not several():
         return
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise Refused(
-                f"{name} shares out weights, and Recast shares out batches only: launch with "
-                "--multi_gpu instead."
-            )
+    for name in filter(asked, ("DEEPSPEED", "MEGATRON_LM")):
+        raise Refused(
+            f"{name} shares out weights in a way that Recast does not: launch with --multi_gpu, "
+            "or with --use_fsdp to share them out."
+        )
     import torch
     from torch import distributed
 
@@ -93,6 +100,8 @@ def join() -> None:
         torch.cuda.set_device(local())
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=LONG)
+    for work in (_beat, _listen):
+        threading.Thread(target=work, daemon=True).start()
 
 
 def reached(name: str) -> None:
@@ -133,7 +142,8 @@ def passed_on(stopped: Callable[[], int]) -> Callable[[], int]:
         if (signal := stopped()) or time.monotonic() - since < POLL:
             return signal
         since = time.monotonic()
-        return int(_store().get("signal")) if _store().check(["signal"]) else 0
+        with talk():
+            return int(_store().get("signal")) if _store().check(["signal"]) else 0
 
     return asked
 
@@ -143,7 +153,7 @@ def agree(*numbers: int) -> list[int]:
     import torch
 
     both = torch.tensor(numbers)
-    with _Talk():
+    with talk():
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
     return both.tolist()
 
@@ -153,13 +163,16 @@ def told(value: Any = None) -> Any:
     import torch
 
     held = [value]
-    with _Talk():
+    with talk():
         torch.distributed.broadcast_object_list(held, 0)
     return held[0]
 
 
 def speaks(code: int) -> bool:
-    """Whether this process, which ends with a code, is the one to say why: the first to end."""
+    """Whether this process, which ends with a code, is the one to say why: the first to end.
+
+    Where the store is gone its host has ended without a word, and whoever notices says so.
+    """
     if not several():
         return True
     from torch import distributed
@@ -167,12 +180,20 @@ def speaks(code: int) -> bool:
     if not distributed.is_initialized():
         return first()
     try:
-        if _store().add("ended", 1) > 1:
+        if _end() > 1:
             return False
         _store().set("code", str(code))
-        return True
     except RuntimeError:
-        return False
+        pass
+    return True
+
+
+def leave() -> None:
+    """End in order: the others are told, and may still ask the store."""
+    if several():
+        with suppress(RuntimeError, ValueError):  # the host is gone already, or nobody was met
+            _end()
+        linger()
 
 
 def linger() -> None:
@@ -189,66 +210,20 @@ def linger() -> None:
             time.sleep(POLL)
 
 
-@dataclass
-class Team:
-    """The processes as the training loop sees them; `sums` are the gradients added up so far."""
-
-    count: int
-    sums: dict[int, Tensor] = field(default_factory=dict)
-
-    def take(self, parameters: Iterable[Tensor]) -> None:
-        """Add every process's gradients to the sums, in the order of their micro-batches."""
-        import torch
-
-        for bucket in _buckets([p for p in parameters if p.requires_grad]):
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([each.flatten() for each in found])
-            places = [torch.empty_like(flat) for _ in range(self.count)]
-            with _Talk():
-                torch.distributed.all_gather(places, flat)
-            for place in places:
-                pieces = place.split([p.numel() for p in bucket])
-                for p, piece in zip(bucket, pieces, strict=True):
-                    self._add(p, piece)
-            for p in bucket:
-                p.grad = None
-
-    def _add(self, parameter: Tensor, piece: Tensor) -> None:
-        if id(parameter) in self.sums:
-            self.sums[id(parameter)].add_(piece.view_as(parameter))
-        else:
-            self.sums[id(parameter)] = piece.view_as(parameter).clone()
-
-    def give(self, parameters: Iterable[Tensor]) -> None:
-        """Put the sums where the optimizer looks for gradients."""
-        for p in parameters:
-            if id(p) in self.sums:
-                p.grad = self.sums.pop(id(p))
-
-    def woven(self, mine: list[Any]) -> list[Any]:
-        """Everybody's values in the order of the micro-batches they belong to."""
-        import torch
-
-        all_: list[list[Any]] = [[] for _ in range(self.count)]
-        with _Talk():
-            torch.distributed.all_gather_object(all_, mine)
-        return [value for round_ in zip(*all_, strict=True) for value in round_]
-
-
-def team() -> Team | None:
-    """The processes as the training loop needs them, None where there is one."""
-    return Team(count()) if several() else None
-
-
-class _Talk:
+@contextmanager
+def talk() -> Iterator[None]:
     """Inside, a connection that breaks means that another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Left from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise Left from error
+def broken(error: RuntimeError) -> bool:
+    """Whether an error of torch says that a connection broke."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _store() -> Any:
@@ -257,16 +232,45 @@ def _store() -> Any:
     return distributed_c10d._get_default_store()
 
 
-def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one dtype together, in their order, so many numbers at a time."""
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        bucket: list[Tensor] = []
-        for p in parameters:
-            if p.dtype != dtype:
-                continue
-            if bucket and sum(q.numel() for q in bucket) + p.numel() > BUCKET:
-                yield bucket
-                bucket = []
-            bucket.append(p)
-        if bucket:
-            yield bucket
+def _end() -> int:
+    """Note that this process ends in order; returns how many have."""
+    _store().set(f"beat{rank()}", OVER)
+    return int(_store().add("ended", 1))
+
+
+def _beat() -> None:
+    """Give signs of life until the end."""
+    with suppress(RuntimeError):
+        for number in range(10**9):
+            if number and _store().get(f"beat{rank()}") == OVER.encode():
+                return
+            _store().set(f"beat{rank()}", str(number))
+            time.sleep(BEAT)
+
+
+def _listen() -> None:
+    """End this process, wherever it waits, some time after another one has fallen silent."""
+    heard: dict[int, tuple[bytes, float]] = {}
+    while not _silent(heard):
+        time.sleep(BEAT)
+    time.sleep(GRACE)
+    # torch may wait for days in a call that no exception reaches
+    os.write(2, f"recast: {Left()}\n".encode())
+    os._exit(Left().code)
+
+
+def _silent(heard: dict[int, tuple[bytes, float]]) -> bool:
+    """Whether some process has given no sign for too long; `heard` is what was found, and when."""
+    now = time.monotonic()
+    try:
+        for other in set(range(count())) - {rank()}:
+            name = f"beat{other}"
+            found = _store().get(name) if _store().check([name]) else b""
+            last, since = heard.setdefault(other, (found, now))
+            if found != last:
+                heard[other] = (found, now)
+            elif found != OVER.encode() and now - since > SILENCE:
+                return True
+    except RuntimeError:  # the store is gone with its host
+        return True
+    return False

@@ -25,8 +25,8 @@ def part(words: list[str], log: str, env: dict[str, str]) -> None:
     child.work(words, log)
 
 
-def launch(words: Iterable[object], logs: Path, count: int = 2) -> list:
-    """Start a command as `accelerate launch` would, `count` times."""
+def launch(words: Iterable[object], logs: Path, count: int = 2, **more: str) -> list:
+    """Start a command as `accelerate launch` would, `count` times; `more` is in its environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(child.PRELOADED)
     with socket.socket() as free:
@@ -39,7 +39,7 @@ def launch(words: Iterable[object], logs: Path, count: int = 2) -> list:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        env = env if count > 1 else {}
+        env = {**env, **more} if count > 1 else {}
         log = logs / f"{rank}.log"
         process = context.Process(target=part, args=([str(w) for w in words], str(log), env))
         process.start()

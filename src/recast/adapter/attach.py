@@ -132,7 +132,7 @@ class Attached:
                         f"{tuple(master.shape)} is attached; load an adapter of the same "
                         "rank and model."
                     )
-                master.copy_(value)
+                master.copy_(_like(master, value))
 
     def detach(self) -> None:
         """Give every module back as it was, with its own parameters and their requires_grad."""
@@ -283,12 +283,25 @@ def _on(factors: LowRank, weight: Tensor) -> LowRank:
 
 def _value(layer: LoCon | Delta, shape: tuple[int, ...]) -> LowRank | Full:
     def copy(parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().to("cpu", torch.float32, copy=True)
+        found = parameter.detach()
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found
+        return found.to("cpu", torch.float32, copy=True)
 
     if isinstance(layer, LoCon):
         up = copy(layer.up)
         return LowRank(up if layer.scale == 1 else up * layer.scale, copy(layer.down))
     return Full(copy(layer.delta).reshape(shape))
+
+
+def _like(master: Tensor, value: Tensor) -> Tensor:
+    """A value as a master holds it: shared out among processes where that is."""
+    if not hasattr(master, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(master, DTensor)
+    moved = value.to(master.device, master.dtype)
+    return distribute_tensor(moved, master.device_mesh, master.placements)
 
 
 def _same_names(attached: Adapter, other: Adapter) -> None:

@@ -11,13 +11,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from recast import processes
+from recast.convert import sharing
 from recast.errors import Refused
 from recast.events import Event
 from recast.recipe import Recipe, override
 
 if TYPE_CHECKING:
+    from recast.adapter import Attached
     from recast.convert import Job
     from recast.convert.course import Course
+    from recast.convert.moving import Moving
+    from recast.model import Model
     from recast.train import Step
 
 
@@ -44,6 +48,8 @@ def widened(job: Job) -> Job:
         return job
     if job.via:
         raise Refused("--via takes one process: launch each leg by itself, or leave --via out.")
+    if processes.sharing():
+        sharing.check(job.recipe)
     return replace(job, recipe=wide(job.recipe))
 
 
@@ -73,17 +79,48 @@ def meet(course: Course, step: Step, signal: int) -> int:
     return signal
 
 
-def along(course: Course, steps: Iterator[Step], stopped: Callable[[], int]) -> Iterator[Event]:
-    """Take the steps that the first process takes, until it stops."""
-    from recast.convert.folder import Stopped
+def along(
+    course: Course,
+    model: Model,
+    attached: Attached,
+    steps: Iterator[Step],
+    stopped: Callable[[], int],
+) -> Iterator[Event]:
+    """Take the steps that the first process takes, until it stops.
 
-    watch = course.watch
+    Where weights are shared out, whatever it computes or saves takes everybody's.
+    """
+    from recast.convert.folder import Stopped
+    from recast.convert.moving import Moving
+
+    watch, moving = course.watch, Moving.of(attached, model.layout, course.recipe)
+    if course.shards and not (watch.readings or course.done):
+        watch.look(0)
     if not course.done:
         watch.readings = processes.told()
     for step in steps if course.done < watch.end else ():
-        course.beside.update(step)
-        if signal := meet(course, step, stopped()):
+        if course.shards:
+            course.look(step)
+        else:
+            course.beside.update(step)
+        signal = meet(course, step, stopped())
+        if course.shards:
+            take_part(course, attached, moving, step, bool(signal))
+        if signal:
             raise Stopped(signal, f"stopped after step {step.step}.")
         if step.step == watch.end:
             break
     yield from ()
+
+
+def take_part(course: Course, attached: Attached, moving: Moving, step: Step, stops: bool) -> None:
+    """Give one's rows for what the first process logs, keeps and saves after a step."""
+    from recast.convert import saving
+
+    if moving.due(step.step, course.watch.end):
+        moving.norms()
+    if saving.due(course.recipe, step.step):
+        with course.shown():
+            attached.trained()
+    if stops or course.due(step):
+        course.save(step, None)

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from recast import processes
 from recast.convert.beside import Beside
 from recast.convert.groups import groups
 from recast.convert.watch import Looked, Watch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from recast.adapter import Attached
     from recast.model import Model
+    from recast.train.shards import Shards
 
 
 LOWER = 0.5  # what a rollback leaves of the rate
@@ -38,7 +40,8 @@ LOWER = 0.5  # what a rollback leaves of the rate
 class Course:
     """Masters by name and all that changes with them; `length` is that of the log so far.
 
-    `rolled` says why the run went back to an earlier state, until that is logged.
+    Of `shards` the masters are this process's rows. `rolled` says why the run went back to an
+    earlier state, until that is logged.
     """
 
     recipe: Recipe
@@ -56,6 +59,7 @@ class Course:
     seconds: float = 0.0
     rollbacks: int = 0
     rolled: dict[str, Any] | None = None
+    shards: Shards | None = None
 
     @classmethod
     def begun(
@@ -73,6 +77,12 @@ class Course:
         parameters, grouped = groups(attached, model.layout, recipe)
         for parameter in parameters.values() if how.masters == "bf16" else ():
             parameter.data = parameter.data.bfloat16()
+        shards = None
+        if processes.sharing():
+            from recast.train.shards import Shards
+
+            shards = Shards.of(parameters)
+            parameters, grouped = dict(shards.rows), shards.grouped(grouped)
         return cls(
             recipe,
             root,
@@ -83,6 +93,7 @@ class Course:
             Beside.of(recipe, model.device),
             Watch.open(recipe, model, objective, root),
             torch.amp.GradScaler(model.device.type) if model.dtype == torch.float16 else None,
+            shards=shards,
         )
 
     def resume(self) -> Iterator[Note]:
@@ -100,16 +111,17 @@ class Course:
         self.watch.restore(extra["watch"])
         self.watch.cut = extra["cut"]
 
-    def save(self, step: Step, log: IO[bytes]) -> None:
-        """Save the state after a step."""
+    def save(self, step: Step, log: IO[bytes] | None) -> None:
+        """Save the state after a step; without a log a process takes part in that only."""
         extra = {
-            "skipped": step.skipped, "log": log_length(log), "watch": self.watch.saved(),
+            "skipped": step.skipped, "log": log_length(log) if log else 0,
+            "watch": self.watch.saved(),
             "seconds": self.seconds, "rollbacks": self.rollbacks, "cut": self.watch.cut,
             **({} if self.scaler is None else {"scaler": self.scaler.state_dict()}),
         }  # fmt: skip
         save(
             self.root / "state", step=step.step, extra={**extra, **self.beside.state()},
-            keep=self.watch.keep(), **self.held(),
+            keep=self.watch.keep() if log else 2, **self.held(),
         )  # fmt: skip
 
     def rolled_back(
@@ -175,6 +187,7 @@ class Course:
             "optimizer": self.optimizer,
             "ema": self.ema,
             "identity": {"run": self.identity},
+            "shards": self.shards,
         }
 
     def due(self, step: Step) -> bool:

@@ -53,7 +53,9 @@ def square(layer: torch.nn.Module) -> float:
     """The squared norm of what a layer adds to its weight."""
     if isinstance(layer, LoCon):
         return max(0.0, squared_norm(LowRank(*layer.change())))
-    return layer.delta.double().square().sum().item()  # type: ignore[operator]
+    total = layer.delta.double().square().sum()  # type: ignore[operator]
+    # of weights that are shared out this is one process's share
+    return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
 
 
 def write_picture(root: Path) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recast import processes
 from recast.adapter import Adapter, Attached, attach
 from recast.adapter.decompose import is_matrix, matrices
 from recast.adapter.layers import Dropouts
@@ -167,7 +168,9 @@ def shaken(draws: Iterable[Draw], recipe: Recipe, done: int) -> Iterator[Draw]:
     from recast.train import seeded
 
     how, drops = recipe.train, dropouts_of(recipe)
-    for number, draw in enumerate(draws, done * how.accumulate):
+    start = done * how.accumulate + processes.rank()
+    for index, draw in enumerate(draws):
+        number = start + index * processes.count()
         seed = seeded(how.seed, "dropout", number).initial_seed() if drops else None
         yield draw if seed is None else replace(draw, shake=seed)
 

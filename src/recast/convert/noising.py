@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from recast import processes
 from recast.objective import Objective
 from recast.recipe import Recipe
 from recast.timesteps import TIMES, resolution_shift, shift
@@ -55,11 +56,12 @@ def drawn(
     done: int,
     aware: Aware | None = None,
 ) -> Iterator[Draw]:
-    """Every draw from the first one of step `done` on: draw(number, times, weight)."""
+    """This process's draws from the first one of step `done` on: draw(number, times, weight)."""
     how = recipe.train
     for step in range(done, how.limit):
-        for micro, (t, weight) in enumerate(dealt(recipe, step, aware)):
-            yield draw(step * how.accumulate + micro, t, weight)
+        for number, (t, weight) in enumerate(dealt(recipe, step, aware), step * how.accumulate):
+            if processes.mine(number):
+                yield draw(number, t, weight)
 
 
 def shifted(recipe: Recipe, t: Tensor, pixels: int) -> Tensor:

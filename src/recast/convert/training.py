@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recast import processes
-from recast.convert import saving
+from recast.convert import saving, sharing
 from recast.convert.assist import along, meet
 from recast.convert.budget import settled
 from recast.convert.course import Course
@@ -41,6 +41,7 @@ from recast.train import (
     mix,
     open_log,
     schedule_of,
+    team,
     train,
 )
 
@@ -74,8 +75,9 @@ def learn(
     not help, Diverged when the run collapses, Stopped on a signal.
     """
     recipe = settled(recipe, material)
-    with running(model, attached, recipe):
+    with running(model, attached, recipe), sharing.together():
         yield Note(told(model, recipe))
+        yield from sharing.spread(model)
         course = Course.begun(model, attached, recipe, objective, root, identity)
         yield from course.resume()
         while True:
@@ -152,7 +154,8 @@ def trained_along(
     *_: object,
 ) -> Iterator[Event]:
     """The same on a process that is not the first: nothing is written."""
-    yield from along(course, steps_of(course, model, attached, material, objective), stopped)
+    steps = steps_of(course, model, attached, material, objective)
+    yield from along(course, model, attached, steps, stopped)
 
 
 def steps_of(
@@ -160,13 +163,15 @@ def steps_of(
 ) -> Iterator[Step]:
     """The steps of a course, one after the other, from where it stands."""
     recipe, how = course.recipe, course.recipe.train
-    trunk = shared(model.unet, attached, model.objective, objective)
+    trunk = None
+    if course.shards is None:  # its weights are only there while the whole network computes
+        trunk = shared(model.unet, attached, model.objective, objective)
     target = target_of(recipe, model, attached, objective, material.null(), trunk, material.bridge)
     plain = schedule(recipe) if course.watch.pace is None else course.watch.factor
     draws = checked(material.draws(course.done, course.beside.aware), objective)
     return train(
         student(model, objective, trunk),
-        processes.dealt(shaken(draws, recipe, course.done)),
+        shaken(draws, recipe, course.done),
         loss_of(recipe, target, objective, course.beside.learned),
         course.optimizer,
         accumulate=how.accumulate // processes.count(),
@@ -178,7 +183,7 @@ def steps_of(
         partner=course.beside.partner,
         scaler=course.scaler,
         move=course.move,
-        team=processes.team(),
+        team=team(course.shards),
     )
 
 

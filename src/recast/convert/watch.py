@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recast import processes
 from recast.convert import prompted
 from recast.convert.fixed import (
     FIXED,
@@ -172,7 +173,10 @@ class Watch:
         if self.originals is not None:
             return self.beside(step, self.originals)
         made = prompted.paint(self.model, self.objective, self.recipe, self.lines)
-        prompted.write_previews(self.root, step, made)
+        if processes.first():
+            prompted.write_previews(self.root, step, made)
+        else:
+            list(made)
         return Looked()
 
     def beside(self, step: int, originals: Originals) -> Looked:
@@ -182,6 +186,8 @@ class Watch:
         if self.reads:
             originals = reread(self.model, originals)
         made = paint(self.model, self.objective, self.recipe, originals)
+        if not processes.first():
+            return Looked()
         write_sheet(self.root, step, originals, made)
         values = judged(self.recipe, originals, made, str(self.model.device))
         return Looked(

@@ -4,11 +4,13 @@ from recast.train.aware import Aware
 from recast.train.draws import Draw, check, checked, noised, replayed, seeded
 from recast.train.ema import Ema
 from recast.train.learned import Learned
+from recast.train.log import append, log_length, open_log
 from recast.train.loop import Step, plainly, rate, train
 from recast.train.loss import DISTANCES, HUBERS, Criterion, Distance, Seen, Student, criterion
 from recast.train.schedules import SCHEDULES, Schedule, schedule_of, warmup
-from recast.train.state import Found, append, latest, load, log_length, open_log, restore, save
+from recast.train.state import Found, latest, load, restore, save
 from recast.train.targets import Answer, Target, Teacher, from_data, from_teacher, guided, mix
+from recast.train.team import Team, team
 from recast.train.warm import Fit, fit_clock
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Student",
     "Target",
     "Teacher",
+    "Team",
     "append",
     "check",
     "checked",
@@ -51,6 +54,7 @@ __all__ = [
     "save",
     "schedule_of",
     "seeded",
+    "team",
     "train",
     "warmup",
 ]

@@ -19,11 +19,11 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from recast.errors import NotFinite
-from recast.processes import Team
 from recast.train.draws import Draw
 from recast.train.ema import Ema
 from recast.train.loss import Criterion, Student
 from recast.train.schedules import Schedule
+from recast.train.team import Team, norm_of
 
 PATIENCE = 3  # steps in a row that may be skipped before the run counts as diverged
 
@@ -104,7 +104,7 @@ def train(
         # gradients
         seen = _backward(net, micro, criterion, forward, backward, scaler, team, parameters + also)
         scale = _unscale(scaler, optimizer, partner)
-        norm = _clip(parameters, clip)
+        norm = _clip(parameters, clip, team)
         shares, losses, weighted, times = (torch.cat(each) for each in zip(*seen, strict=True))
         total = shares.sum().item()
 
@@ -205,7 +205,7 @@ def _effective(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * float(group.get("d", 1.0))
 
 
-def _clip(parameters: list[Tensor], clip: float | None) -> float:
+def _clip(parameters: list[Tensor], clip: float | None, team: Team | None = None) -> float:
     """Scale the gradients to the norm `clip` at most and return the norm they had.
 
     Without a clip (None, 0) they stay as they are. A parameter that met no loss (the last layer of
@@ -215,5 +215,6 @@ def _clip(parameters: list[Tensor], clip: float | None) -> float:
     for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    limit = clip or math.inf
-    return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    norm = team.norm(parameters) if team else norm_of(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
+    return norm.item()

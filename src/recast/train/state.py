@@ -6,26 +6,30 @@
 A folder without a right manifest does not exist: loading walks back to the newest that has one.
 """
 
+from __future__ import annotations
+
 import json
-import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from recast.checkpoint import Checkpoint, write_dict
-from recast.commit import FULL, commit_folder, valid_folder
-from recast.errors import NoRoom, NotFinite, Refused
+from recast import processes
+from recast.checkpoint import Checkpoint, write, write_dict
+from recast.commit import commit_folder, valid_folder
+from recast.errors import NotFinite, Refused
 from recast.train.ema import Ema
 from recast.train.tree import flatten, unflatten
+
+if TYPE_CHECKING:
+    from recast.train.shards import Shards
 
 NAME = re.compile(r"step(\d{8})")
 WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes' saved states lie one level deeper
@@ -50,20 +54,21 @@ def save(
     identity: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    shards: Shards | None = None,
 ) -> Path:
     """Commit the state after `step` steps below `root`, then prune to the `keep` newest.
 
     `parameters` are what the optimizer holds, in its order. `identity` is what must be equal at
     resume (recipe, seed, hash of the model), plain JSON; `extra` is handed back by `load` and may
-    hold tensors. Save in training mode, not inside `averaged` or `shown`. Raises NotFinite, with
-    nothing written, if a parameter is not finite.
+    hold tensors. Save in training mode, not inside `averaged` or `shown`. With `shards` every
+    process saves, and the first one writes all of it whole. Raises NotFinite, with nothing written,
+    if a parameter is not finite.
     """
     if keep < 2:
         raise Refused(f"keep = {keep} states: the newest may be damaged, so keep 2 or more")
     _same_tensors(parameters, optimizer)
-    for name, tensor in parameters.items():
-        if not torch.isfinite(tensor).all():
-            raise NotFinite(f"step {step}: {name} is not finite; the state before it is kept")
+    if name := _lost(parameters, shards):
+        raise NotFinite(f"step {step}: {name} is not finite; the state before it is kept")
     tensors: dict[str, Tensor] = {}
     scalars = {
         "step": step,
@@ -74,17 +79,23 @@ def save(
     }
     tensors |= {f"rng.{device}": state for device, state in _rng().items()}
 
+    files: dict[str, Mapping[str, Tensor]] = {"parameters": parameters, "optimizer": tensors}
+    if ema:
+        files["ema"] = dict(zip(parameters, ema.tensors, strict=True))
+
     def fill(folder: Path) -> None:
-        write_dict(folder / "parameters.safetensors", parameters, {})
-        write_dict(folder / "optimizer.safetensors", tensors, {})
-        if ema:
-            means = dict(zip(parameters, ema.tensors, strict=True))
-            write_dict(folder / "ema.safetensors", means, {})
+        for name, content in files.items():
+            _write(folder / f"{name}.safetensors", content, shards)
         text = json.dumps(scalars, indent=1, allow_nan=False)
         (folder / "state.json").write_text(text, encoding="utf-8")
 
-    root.mkdir(parents=True, exist_ok=True)
     path = root / f"step{step:08d}"
+    if shards is not None and not processes.first():
+        for content in files.values():
+            for _ in shards.gathered(content):
+                pass
+        return path
+    root.mkdir(parents=True, exist_ok=True)
     if path.exists():
         _remove(path)
     commit_folder(path, fill)
@@ -109,6 +120,7 @@ def load(
     optimizer: Optimizer,
     ema: Ema | None = None,
     identity: Mapping[str, Any] | None = None,
+    shards: Shards | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Put a state back, dtypes and random generators included; returns (step, extra).
 
@@ -122,11 +134,13 @@ def load(
         raise Refused(f"{path}: saved {'without' if ema else 'with'} an average; set ema as it was")
     with ExitStack() as files:
 
-        def file(name: str) -> Checkpoint:
-            return files.enter_context(Checkpoint(path / f"{name}.safetensors"))
+        def file(name: str) -> Mapping[str, Tensor]:
+            saved = files.enter_context(Checkpoint(path / f"{name}.safetensors"))
+            if name == "parameters":
+                _same_specs(path, parameters if shards is None else shards.whole, saved)
+            return saved if shards is None else shards.of_file(saved)
 
         saved, tensors = file("parameters"), file("optimizer")
-        _same_specs(path, parameters, saved)
         _copy(parameters, saved)
         if ema is not None:
             _copy(dict(zip(parameters, ema.tensors, strict=True)), file("ema"))
@@ -171,47 +185,6 @@ def prune(root: Path, keep: int) -> None:
             _remove(path)
 
 
-def open_log(path: Path, length: int = 0) -> IO[bytes]:
-    """Open a log for appending, cut to the `length` its state recorded (and to whole lines)."""
-    path.touch()
-    with path.open("r+b") as log:
-        kept = log.read(length)
-        log.truncate(kept.rfind(b"\n") + 1)
-    return path.open("ab")
-
-
-def append(log: IO[bytes], record: Mapping[str, Any]) -> None:
-    """Write one record as one whole line of JSON; numbers that are not finite become null.
-
-    Raises NoRoom on a full disk; what is left of the line is cut off at the next opening.
-    """
-    try:
-        log.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
-        log.flush()
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise NoRoom(
-            f"{log.name} could not be written, its disk is full: make room there, and the same "
-            "command goes on."
-        ) from error
-
-
-def log_length(log: IO[bytes]) -> int:
-    """The log's length in bytes, once they are on the disk; for `extra`, before saving."""
-    log.flush()
-    os.fsync(log.fileno())
-    return log.tell()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _states(root: Path) -> Iterator[tuple[int, Path]]:
     folders = sorted(root.glob("step*")) if root.is_dir() else []
     for path in folders:
@@ -242,6 +215,22 @@ def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
         raise Refused(
             f"{path} belongs to another run ({told}); use another folder or settings as they were"
         )
+
+
+def _lost(parameters: Mapping[str, Tensor], shards: Shards | None) -> str:
+    """The name of a parameter that is not finite, "" if all are; the same on every process."""
+    odd = (k for k, p in enumerate(parameters.values(), 1) if not torch.isfinite(p).all())
+    place = next(odd, 0)
+    if shards is not None:
+        (place,) = processes.agree(place)
+    return list(parameters)[place - 1] if place else ""
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], shards: Shards | None) -> None:
+    if shards is None:
+        write_dict(path, tensors, {})
+    else:
+        write(path, shards.specs(tensors), shards.gathered(tensors), {})
 
 
 def _same_specs(path: Path, parameters: Mapping[str, Tensor], saved: Checkpoint) -> None:
