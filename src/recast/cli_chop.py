@@ -135,7 +135,8 @@ def _explore(
     from recast.adapter.formats import open_raw
     from recast.commit import commit, refuse_target
     from recast.layout import detect, open_checkpoint
-    from recast.model import open_model
+    from recast.layout.names import PART_NAMES
+    from recast.model import open_model, usual_dtype
     from recast.painting import pixels
     from recast.surgery.contents import energy, held
     from recast.surgery.explore import Explored, Setting, explore, groups_of
@@ -157,7 +158,11 @@ def _explore(
         with open_raw(adapter, layout) as raw:
             modules, plan = held(raw, adapter, layout)
             energies = {module.spot.lora: energy(adapter, module) for module in modules}
-            opened = open_model(checkpoint, device=device_of(device), objective=source)
+            where = device_of(device)
+            opened = open_model(
+                checkpoint, dtype=usual_dtype(where), device=where, parts=PART_NAMES,
+                objective=source, lazily=True,
+            )  # fmt: skip
             change = read_adapter(adapter, layout)
             console.follow(explore(opened, change, groups_of(modules), setting, ended))
             (seen,) = ended

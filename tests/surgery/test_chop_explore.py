@@ -14,7 +14,9 @@ from recast.adapter import Adapter, attach, read_adapter, write_adapter
 from recast.adapter.formats import open_raw
 from recast.checkpoint import Checkpoint
 from recast.cli import main
+from recast.errors import Refused
 from recast.layout import detect
+from recast.layout.names import PART_NAMES
 from recast.lowrank import LowRank
 from recast.model import open_model
 from recast.surgery.chop import chop
@@ -109,6 +111,25 @@ def test_the_page_suggests_what_makes_the_pictures(
     with open_raw(lora) as raw:
         groups = groups_of(held(raw, lora)[0])
         assert file_size(groups, list(rows)) == pytest.approx(lora.stat().st_size, rel=0.01)
+
+
+def test_networks_take_turns_in_the_device_s_usual_precision(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the verbs that sample do: SDXL in fp32, all of it at once, fits few devices."""
+    asked: list[dict[str, object]] = []
+
+    def opened(*_: object, **keywords: object) -> None:
+        asked.append(keywords)
+        raise Refused("far enough")
+
+    monkeypatch.setattr("recast.model.open_model", opened)
+    monkeypatch.setattr("recast.model.usual_dtype", lambda device: (torch.bfloat16, device))
+    with pytest.raises(SystemExit):
+        main(["chop", str(lora), "--explore", "pocket-xl", "--prompt", "a", "--device", "cpu",
+              "--out", str(tmp_path / "x.html")])  # fmt: skip
+    assert asked == [{"dtype": (torch.bfloat16, "cpu"), "device": "cpu", "parts": PART_NAMES,
+                      "objective": None, "lazily": True}]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tests import tiny
 from tests.adapter.loaders import answer, by_diffusers, by_lycoris, by_peft, change, network
 
 from recast.adapter import Adapter, attach, export, read_adapter, write_adapter
+from recast.adapter.places import read_site
 from recast.checkpoint import Checkpoint
 from recast.cli import main
 from recast.layout import detect
@@ -165,6 +166,49 @@ def test_loaders_answer_as_with_both(tool: str, family: str, tmp_path: Path) -> 
             assert count == len(mine)
             off = (answer(net, layout, part) - wanted).norm() / wanted.norm()
             assert off < 1e-5, (part, float(off))
+
+
+@pytest.mark.parametrize("part", ["unet", "te2"])
+def test_dora_is_joined_by_the_change_it_makes_to_the_model(part: str, tmp_path: Path) -> None:
+    """LyCORIS' own merged weight of a convolution, and of rows of a stacked q, k, v, is the oracle.
+
+    Whole without a rank, its best part with one, beside an ordinary LoRA of the same module.
+    """
+    from lycoris.modules.locon import LoConModule
+
+    with Checkpoint(tiny.checkpoint(tmp_path / "m.safetensors")) as base:
+        sites = [s for s in detect(base).sites("lycoris-full,te2") if s.part == part]
+        stacked = part == "te2"
+        site = next(s for s in sites if (s.rows is not None) == stacked
+                    and (stacked or s.kind == "conv"))  # fmt: skip
+        weight = read_site(base, site).float()
+        out, into = weight.shape[:2]
+        layer: torch.nn.Module = torch.nn.Linear(into, out)
+        if not stacked:
+            layer = torch.nn.Conv2d(into, out, weight.shape[2:], padding=1)
+        layer.weight.data = weight.clone()
+        torch.manual_seed(0)
+        module = LoConModule(site.lora, layer, 1.0, 4, 2.0, weight_decompose=True)
+        for parameter in module.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        change_of = (module.get_merged_weight()[0].detach() - weight).double()
+        state = {f"{site.lora}.{key}": tensor.contiguous() for key, tensor in
+                 module.state_dict().items() if not key.startswith("org")}  # fmt: skip
+        assert f"{site.lora}.dora_scale" in state
+        save_file(state, tmp_path / "dora")
+        up, down = torch.randn(out, 2), torch.randn(2, into, *weight.shape[2:])
+        save_file({f"{site.lora}.lora_up.weight": up.reshape(out, 2, *(1,) * (weight.ndim - 2)),
+                   f"{site.lora}.lora_down.weight": down}, tmp_path / "plain")  # fmt: skip
+        inputs = [Input(tmp_path / "dora", 0.5), Input(tmp_path / "plain", -0.3)]
+        wanted = 0.5 * change_of.flatten(1) - 0.3 * up.double() @ down.double().flatten(1)
+        singular = torch.linalg.svdvals(wanted)
+        for rank in (None, 6):
+            file = tmp_path / f"o{rank}"
+            join(inputs, file, base=base, cut=cut(rank, rank, None) if rank else None)
+            error = (dense(file, site.lora).flatten(1) - wanted).norm()
+            best = singular[rank:].norm() if rank else 0.0
+            assert abs(error - best) < 1e-5 * wanted.norm()
+        assert any(key.endswith(".diff") for key in load_file(tmp_path / "oNone"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
