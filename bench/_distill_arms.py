@@ -60,8 +60,9 @@ def named(kinds: str, weight: float) -> list[Arm]:
 # groups in the order in which they are run: the question itself first
 GROUPS: tuple[list[Arm], ...] = (
     [Arm("A0", 0.0), *named("A1 A2 A3 A4", 1.0)],
-    named("N1 A5 A6 A7 A8 A2-literal", 1.0),
+    named("N1", 1.0),
     named("A1 A2 A3 A4", 0.05),
+    named("A5 A6 A7 A8 A2-literal", 1.0),
     named("gain", 1.0),
     named("N1 A5 A6 A7 A8 A2-literal", 0.05),
 )
