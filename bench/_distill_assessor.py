@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _distill_arms import BINS
-from _distill_world import RUNS, SILENT, World, bound, world
+from _distill_world import RUNS, SILENT, World, bound, turn, world
 from torch import Tensor
 
-from recast.commit import lock
 from recast.objective import EPS
 from recast.train.draws import seeded
 
@@ -40,7 +39,7 @@ def assessor_of(unet: nn.Module, teacher: str) -> tuple[Assessor, Tensor, TimeSa
 
     file = RUNS / "assessor" / f"{teacher[:12]}.safetensors"
     fingerprint = FeatureTap(unet).fingerprint(EPS)
-    with lock(RUNS / "assessor"):
+    with turn(RUNS / "assessor"):
         if not file.exists():
             assessor, facts = made(unet)
             write_assessor(file, assessor, fingerprint, facts)

@@ -9,7 +9,9 @@ Diffusion's betas; it is trained once, kept in half precision and pinned by its 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from recast.checkpoint import Checkpoint, write_dict
 from recast.commit import lock
+from recast.errors import Refused
 from recast.objective import EPS, Net
 from recast.objective import Path as Noising
 from recast.pocket.world import ATTRIBUTES, Scene, labels, render, scenes
@@ -45,10 +48,23 @@ class World:
     scenes: tuple[Scene, ...]
 
 
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Hold a folder; where another process has it, wait for it."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(folder))
+                break
+            except Refused:
+                time.sleep(1)
+        yield
+
+
 def world(split: str) -> World:
     """The pictures of a split, drawn once; the held-out ones from other seeds."""
     folder = RUNS / f"world-{split}"
-    with lock(folder):
+    with turn(folder):
         count, seed = PICTURES[split], list(PICTURES).index(split)
         chosen = tuple(random.Random(f"{seed}/scenes").choices(scenes(held=False), k=count))
         file = folder / f"{count}.safetensors"
@@ -113,11 +129,11 @@ def bound(unet: nn.Module, path: Noising, scene: Tensor) -> Net:
 
 def teacher() -> tuple[nn.Module, str]:
     """The frozen teacher and its hash; trained first if there is none."""
-    if not TEACHER.exists():
-        with lock(RUNS / "teacher"):
+    with turn(RUNS / "teacher"):
+        if not TEACHER.exists():
             unet = tiny_unet()
             for step, loss in enumerate(fit(unet, world("train"))):
-                if step % 50 == 0:
+                if step % 100 == 0:
                     print(f"teacher {step}: {loss:.4f}", flush=True)
             halves = {key: value.half() for key, value in unet.state_dict().items()}
             write_dict(TEACHER, halves, {"about": "teacher of bench/distill"})

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import _distill_arms as arms
+import _distill_page as pages
 import _distill_stats as stats
 import _distill_verdict as words
 
@@ -176,3 +177,39 @@ def test_a_curve_is_read_between_its_points() -> None:
     assert arms.reached(curve, 4.0) == 0
     assert arms.reached(curve, 1.0) == 20
     assert math.isnan(arms.reached(curve, 0.5))
+
+
+ABOUT = {
+    "how": {"steps": 20, "batch": 4, "rate": 1e-3, "decay": 0.0}, "parameters": 7, "sha256": "ab",
+    "held": 9, "teacher": {"error": 0.4, "energy": 1.0}, "untrained": 0.9, "refused": '"no"',
+    "assessor": {"accuracy": {"mid": 0.5}, "active": [True, False], "n": 100},
+}  # fmt: skip
+
+
+def row(arm: str, seed: int, error: float) -> dict:
+    """A row as the bench writes it, of one block."""
+    return {
+        "arm": arm, "seed": seed, "error": error, "diverged": False, "energy": 1.0,
+        "deciles": [error] * 10, "curve": [[0, 1.0], [20, error]], "weights_mean": [1.0] * 7,
+        "weights_std": [0.0] * 7, "saturated": 0.25, "ratio": 0.015, "gradient_ratio": 0.1,
+    }  # fmt: skip
+
+
+def test_the_page_says_what_is_there_and_what_is_not() -> None:
+    found = made(A1=0.50, A2=0.48, A3=0.50, A4=0.49, N1=1.5)
+    rows = [row(arm, seed, error) for arm, seeds in found.items() for seed, error in seeds.items()]
+    text = pages.page([each for each in rows if (each["arm"], each["seed"]) != ("N1-1", 7)], ABOUT)
+    assert "- Weight 1: **The assessor helps here: A2's error is 4." in text
+    assert "- Weight 0.05: **Not decided: 0 of 8 seeds are there.**" in text
+    assert "N1-1 (7)" in text
+    assert "| A2 | treatment: fused weights | 8 | 0.48000" in text
+    assert "25.0% | 1.50% | 0.100 |" in text
+    for arm, seeds in found.items():
+        listed = " | ".join(f"{error:.5f}" for error in seeds.values())
+        assert f"| {arm} | {listed} |" in text or arm == "N1-1"
+
+
+def test_a_run_that_diverged_is_worse_than_any() -> None:
+    rows = [row("A1-1", 0, 0.5), row("A2-1", 0, 0.5) | {"diverged": True}]
+    assert math.isinf(words.errors(rows)["A2-1"][0])
+    assert words.against(words.errors(rows), arms.ARMS["A2-1"], arms.ARMS["A1-1"]) is None
