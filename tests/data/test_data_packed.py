@@ -85,7 +85,7 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
         gather(folder)
 
 
-def test_saved_data_sets_and_parquet(tmp_path: Path) -> None:
+def test_saved_data_sets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {
         "image": [{"bytes": png(colour), "path": None} for colour in COLOURS.values()],
@@ -107,6 +107,34 @@ def test_saved_data_sets_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(Refused, match="datasets cannot read it"):
         gather(tmp_path / "saved")
+
+
+def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Hub keeps them: pieces of a split in `data`, other splits beside them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kinds = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+
+    def piece(path: Path, names: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = [{"bytes": png(COLOURS[name]), "path": None} for name in names]
+        rows = {"image": images, "caption": [f"number {name}" for name in names]}
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(str(path))
+
+    hub, flat = tmp_path / "hub", tmp_path / "flat"
+    piece(hub / "data" / "train-00000-of-00002.parquet", "01")
+    piece(hub / "data" / "train-00001-of-00002.parquet", "2")
+    piece(hub / "data" / "test-00000-of-00001.parquet", "0")
+    piece(flat / "all.parquet", "12")
+    for folder, names in ((hub, "012"), (flat, "12")):
+        found = gather(folder)
+        assert [e.caption for e in found.examples] == [f"number {name}" for name in names]
+        assert [load(e.path).getpixel((0, 0)) for e in found.examples] == [
+            COLOURS[name] for name in names
+        ]
+    (flat / "all.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(Refused, match="datasets cannot read it"):
+        gather(flat)
 
 
 @pytest.mark.parametrize("library", ["webdataset", "datasets"])

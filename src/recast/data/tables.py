@@ -48,8 +48,10 @@ def holds(source: Path) -> bool:
 
 
 def parquet(source: Path) -> list[str]:
-    """The Parquet files of a folder, or of its folder `data`."""
-    return sorted(str(p) for place in (source, source / "data") for p in place.glob("*.parquet"))
+    """The Parquet files of a folder or of its folder `data`: those of the split train, if named."""
+    found = sorted(p for place in (source, source / "data") for p in place.glob("*.parquet"))
+    train = [p for p in found if p.stem == "train" or p.name.startswith("train-")]
+    return [str(p) for p in train or found]
 
 
 def scan(source: Path, how: Subset) -> Folder:
