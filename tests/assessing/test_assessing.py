@@ -21,7 +21,7 @@ from recast.errors import CheckFailed, Refused
 from recast.events import Note
 
 HOW = Settings(samples=96, test=40, bins=2, patterns=2, d=8, hidden=8, prototypes="shared",
-               steps=40, batch=32, lr=1e-2)  # fmt: skip
+               steps=30, batch=32, lr=1e-2)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +93,7 @@ def test_the_same_command_finds_it_done_and_another_is_refused(done: Job) -> Non
     assert isinstance(said, Note)
     assert "already" in said.text
     with pytest.raises(Refused, match="holds another assessor"):
-        list(run(replace(done, settings=replace(HOW, steps=41))))
+        list(run(replace(done, settings=replace(HOW, steps=31))))
     assert (done.out / "assessor.safetensors").read_bytes() == before
 
 
@@ -102,7 +102,7 @@ def test_an_unusable_assessor_leaves_its_report_only(job: Job, done: Job, tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "features").symlink_to(features_of, target_is_directory=True)
     (tmp_path / "run" / "cache").symlink_to(done.out / "cache", target_is_directory=True)
-    strict = replace(job, out=tmp_path / "run", settings=replace(HOW, threshold=0.999))
+    strict = replace(job, out=tmp_path / "run", settings=replace(HOW, threshold=0.999, steps=2))
     with pytest.raises(CheckFailed, match=r"only 0 of its 2 time bins.*report\.md"):
         list(run(strict))
     assert not (tmp_path / "run" / "assessor.safetensors").exists()
