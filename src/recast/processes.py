@@ -5,7 +5,7 @@
 All processes take the same step, with everybody's gradients (recast.train.team). Process 0 alone
 writes, prints and holds the lock; the others wait until there is something to train on. Whoever
 fails first says why, and all end. Each tells every few seconds that it is still there: who stays
-silent for a minute, or was the store's host and is gone, has ended without a word.
+silent for minutes, or was the store's host and is gone, has ended without a word.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONG = timedelta(days=7)  # a first process that dreams or measures keeps the ot
 POLL = 0.1  # seconds between looks at what has been reached
 LINGER = 10.0  # seconds that the first process, which may host the store, waits for the others
 BEAT = 5.0  # seconds between signs of life
-SILENCE = 60.0  # seconds without one after which a process counts as ended
+SILENCE = 180.0  # seconds without one after which a process counts as ended
 GRACE = 10.0  # seconds in which a process may find that out by itself
 OVER = "over"
 

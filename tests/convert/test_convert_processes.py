@@ -137,15 +137,17 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_takes_the_other_with_it(home: Path) -> None:
-    out = home / "killed"
-    started = launch(words(home, out, steps=30), home / "logs8")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_takes_the_other_with_it(home: Path, victim: int) -> None:
+    """The first one hosts the store that the others would ask why."""
+    out, logs = home / f"killed{victim}", home / f"logs8{victim}"
+    started = launch(words(home, out, steps=30), logs)
     until = time.monotonic() + 200
     while not latest(out / "state") and time.monotonic() < until:
         time.sleep(0.05)
-    os.kill(started[1].pid, signal.SIGKILL)
-    assert ended(started)[0] == 1
-    (line,) = said(home / "logs8")
+    os.kill(started[victim].pid, signal.SIGKILL)
+    assert ended(started)[1 - victim] == 1
+    (line,) = said(logs)
     assert "another process of this run has ended" in line
 
 
@@ -158,6 +160,8 @@ def test_what_is_learned_beside_is_shared_too(home: Path, how: dict[str, object]
     assert ended(launch(words(home, two, accumulate=1, **how), home / f"l2{name}", 2)) == [0, 0]
     assert trained(one) == trained(two)
     assert logged(one) == logged(two)
+    # nothing is left to do: the first process is there until the others know
+    assert ended(launch(words(home, two, accumulate=1, **how), home / f"l3{name}", 2)) == [0, 0]
 
 
 @pytest.mark.slow
