@@ -193,7 +193,7 @@ def _facts(done: Resized, adapter: Path) -> dict[str, Any]:
         "vanished": len(done.vanished),
         "ranks": ranges(done.ranks or [0]),
         "relative_error": round(done.error, 6),
-        "lowest_score": done.lowest,
+        "lowest_score": None if done.lowest is None else round(done.lowest, 6),
     }
 
 

@@ -139,6 +139,8 @@ def _sorted(file: Checkpoint, plan: Plan | None, part: str, strangers: bool) -> 
         else:
             spots.setdefault(found[0], {})[found[1]] = key
     _refuse_odd(file, odd)
+    if not spots:
+        raise Refused(f"{file.path} has no tensors: give a LoRA or LoCon file.")
     form = format_of(spots)
     names, plan = _names(file, list(spots), spots, form, plan, part)
     configs = configs_of(file.path, file.metadata, form)
@@ -217,9 +219,7 @@ def _size(file: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _account(path: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse an empty file, half pairs and two changes of one weight."""
-    if not modules:
-        raise Refused(f"{path} has 0 keys that belong to an adapter; give a LoRA or LoCon file.")
+    """Refuse half pairs, factors of no rank and two changes of one weight."""
     for lora, tensors in modules.items():
         found = set(tensors)
         pair = found & LOW_RANK_SUFFIXES
@@ -227,6 +227,11 @@ def _account(path: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
             raise Refused(
                 f"{path}: {lora} has {', '.join(sorted(pair))} but not both factors; "
                 "the file is incomplete, export it again."
+            )
+        if pair and isinstance(tensors, Tensors) and not tensors.spec("lora_down.weight").numel:
+            raise Refused(
+                f"{path}: {lora} has rank 0, which is no change of anything; "
+                "train or export it again."
             )
         if (pair and found & {"diff", "w_norm"}) or {"diff", "w_norm"} <= found:
             raise Refused(

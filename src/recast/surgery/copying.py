@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recast.adapter.formats import FULL_SUFFIXES, Tensors
+from recast.errors import Refused
 
 WEIGHTED = ("lora_up.weight", *FULL_SUFFIXES)
 
@@ -29,11 +30,21 @@ class Copy:
         return found.dtype, found.shape
 
     def read(self) -> Tensor:
-        """What is written; its file's own bytes where the weight is 1."""
+        """What is written; its file's own bytes where the weight is 1.
+
+        Raises Refused for NaN and infinity, in the file or by the weight.
+        """
         if self.alpha is not None:
             return torch.tensor(self.alpha)
         tensor = self.tensors[self.suffix]
-        return tensor if self.weight == 1 else (tensor.double() * self.weight).to(tensor.dtype)
+        found = tensor if self.weight == 1 else (tensor.double() * self.weight).to(tensor.dtype)
+        if not torch.isfinite(found).all():
+            raise Refused(
+                f"{self.tensors.file.path}: {self.tensors.keys_in_file[self.suffix]} holds NaN or "
+                f"infinity, or gets them times {self.weight:g}; take an earlier save or a smaller "
+                "strength."
+            )
+        return found
 
 
 def copied(tensors: Tensors, weight: float, alpha: float | None) -> dict[str, Copy]:

@@ -187,7 +187,11 @@ def _changed(tensor: Tensor, changes: list[tuple[Site, Term]]) -> Tensor:
     total = widened(tensor).clone() if tensor.element_size() > 2 else widened(tensor)
     for site, term in changes:
         view = Place("", site).view(total)
-        view += term.dense().reshape(view.shape).to(total.dtype)
+        change = term.dense()
+        if not _finite(change):
+            where = f"{term.piece.path}: " if term.piece else "an adapter's "
+            raise Refused(f"{where}{site.lora} holds NaN or infinity; take an earlier save.")
+        view += change.reshape(view.shape).to(total.dtype)
     return total.to(tensor.dtype)
 
 
