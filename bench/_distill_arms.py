@@ -57,16 +57,27 @@ def named(kinds: str, weight: float) -> list[Arm]:
     return [Arm(kind, weight) for kind in kinds.split()]
 
 
-# groups in the order in which they are run: the question itself first
-GROUPS: tuple[list[Arm], ...] = (
-    [Arm("A0", 0.0), *named("A1 A2 A3 A4", 1.0)],
-    named("N1", 1.0),
-    named("A1 A2 A3 A4", 0.05),
-    named("A5 A6 A7 A8 A2-literal", 1.0),
-    named("gain", 1.0),
-    named("N1 A5 A6 A7 A8 A2-literal", 0.05),
+# what is run first, and with how many seeds: the question itself, then a look at each other arm
+MAIN, OTHERS = "A1 A2 A3 A4", "A5 A6 A7 A8 A2-literal N1"
+GROUPS: tuple[tuple[list[Arm], int], ...] = (
+    ([Arm("A0", 0.0), *named(MAIN, 1.0)], SEEDS),
+    (named("N1", 1.0), 3),
+    (named(MAIN, 0.05), SEEDS),
+    (named("gain", 1.0), 2),
+    (named(OTHERS, 1.0), 3),
+    (named(OTHERS, 0.05), 1),
+    (named(OTHERS, 1.0), SEEDS),
+    (named("gain", 1.0), SEEDS),
+    (named(OTHERS, 0.05), SEEDS),
 )
-ARMS = {arm.name: arm for group in GROUPS for arm in group}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("A0", 0.0),
+        *named(f"{MAIN} {OTHERS} gain", 1.0),
+        *named(f"{MAIN} {OTHERS}", 0.05),
+    )
+}
 
 Weigher = Callable[[int, "AssessorOutput | None", Tensor], "Tensor | Fused"]
 

@@ -6,7 +6,6 @@ uniform, a tenth of the samples silent, noisy latents as the path makes them. 20
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +130,9 @@ def profiled(assessor: Assessor, pooled: Pooled, t: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def facts_of(unet: nn.Module, teacher: str) -> dict[str, Any]:
+def facts_of(teacher: str) -> dict[str, Any]:
     """The stored figures, for the page."""
     from recast.distill.store import read_assessor
 
     _, facts = read_assessor(RUNS / "assessor" / f"{teacher[:12]}.safetensors")
-    return json.loads(json.dumps(facts))
+    return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import _distill_run as run
@@ -18,24 +17,22 @@ Row = dict[str, Any]
 SHOWN = ("pictures", "teacher", "A0", "A1-1", "A2-1", "A3-1", "A8-1", "N1-1")
 
 
-def about() -> Row:
-    """The setting and the teacher's figures, measured once for a teacher."""
+def about(committed: Row) -> Row:
+    """The setting and the teacher's figures: those `committed`, if they are of this teacher."""
     unet, found = teacher()
-    file = RUNS / "reference" / f"{found[:12]}.json"
-    if not file.exists():
-        from _distill_assessor import facts_of
-
-        it = held(unet)
-        facts: Row = {
-            "torch": torch.__version__, "threads": 1, "device": "cpu", "sha256": found,
-            "parameters": sum(p.numel() for p in unet.parameters()), "held": len(it.t),
-            "teacher": measure(it, unet, 0, EPS), "untrained": it.error(unet, V),
-            "assessor": facts_of(unet, found), "refused": refused(),
-        }  # fmt: skip
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(facts), encoding="utf-8")
     how = {"steps": run.STEPS, "batch": run.BATCH, "rate": run.RATE, "decay": run.DECAY}
-    return {**json.loads(file.read_text(encoding="utf-8")), "how": how}
+    if committed.get("sha256") == found:
+        return committed | {"how": how}
+    from _distill_assessor import assessor_of, facts_of
+
+    assessor_of(unet, found)
+    it = held(unet)
+    return {
+        "torch": torch.__version__, "threads": 1, "device": "cpu", "sha256": found,
+        "parameters": sum(p.numel() for p in unet.parameters()), "held": len(it.t),
+        "teacher": measure(it, unet, 0, EPS), "untrained": it.error(unet, V),
+        "assessor": facts_of(found), "refused": refused(), "how": how,
+    }  # fmt: skip
 
 
 def refused() -> str:

@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from _distill_arms import ARMS, GROUPS, SEEDS, Arm, said
+from _distill_arms import ARMS, GROUPS, Arm, said
 from _distill_world import ROOT, RUNS, TEACHER
 
 RESULTS = ROOT / "bench" / "results" / "distill.json"
@@ -73,8 +73,8 @@ def save(row: Row) -> None:
 
 def missing(chosen: list[str]) -> Iterator[tuple[int, list[Arm]]]:
     """Seeds with the arms that they lack, group by group: the question itself first."""
-    for group in GROUPS:
-        for seed in range(SEEDS):
+    for group, seeds in GROUPS:
+        for seed in range(seeds):
             done = {(row["arm"], row["seed"]) for row in rows()}
             arms = [a for a in group if a.name in chosen and (a.name, seed) not in done]
             if arms:
@@ -128,7 +128,8 @@ def write_page() -> None:
     from _distill_plots import pictures
     from _distill_reference import about
 
-    found, facts = rows(), about()
+    committed = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found, facts = rows(), about(committed.get("about", {}))
     text = json.dumps({"about": facts}, indent=1)[:-2] + ',\n "rows": [\n'
     text += ",\n".join(json.dumps(row) for row in found) + "\n]}\n"
     RESULTS.write_text(text, encoding="utf-8")
