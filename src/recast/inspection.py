@@ -36,8 +36,8 @@ PREFIXES = {
 def describe(path: Path | str, *, hashed: bool = False) -> Facts:
     """Return what is known about a file, ready for JSON.
 
-    kind: checkpoint, adapter, patch, vae or unknown. hashed: also read the whole file for its
-    sha256. Raises Refused for a file that cannot be read.
+    kind: checkpoint, adapter, patch, vae, assessor or unknown. hashed: also read the whole file
+    for its sha256. Raises Refused for a file that cannot be read.
     """
     with ExitStack() as stack:
         files, kind = _files(Path(path), stack)
@@ -52,8 +52,11 @@ def describe(path: Path | str, *, hashed: bool = False) -> Facts:
             "parameters": sum(spec.numel for spec in specs),
             "dtypes": _dtypes(specs),
         }
-        facts |= adapter_facts(files) if kind in ("adapter", "patch") else _checkpoint(first)
-        facts["provenance"] = _provenance(first.metadata)
+        if kind == "assessor":
+            facts |= _assessor(first)
+        else:
+            facts |= adapter_facts(files) if kind in ("adapter", "patch") else _checkpoint(first)
+            facts["provenance"] = _provenance(first.metadata)
         if hashed and len(files) == 1:
             facts["sha256"] = first.sha256()
         return facts
@@ -71,6 +74,8 @@ def _files(path: Path, stack: ExitStack) -> tuple[list[tuple[Checkpoint, str]], 
 def _kind(file: Checkpoint) -> str:
     """What sort of file it is, by the names of its tensors."""
     keys = list(file.specs)
+    if file.metadata.get("recast.role") == "assessor":
+        return "assessor"
     if keys and sum(map(is_adapter, keys)) > len(keys) // 2:
         role = file.metadata.get("recast.role")
         full = all(key.endswith((".diff", ".diff_b", ".w_norm", ".b_norm")) for key in keys)
@@ -102,6 +107,22 @@ def _checkpoint(file: Checkpoint) -> Facts:
         "loaders": _believed(file, layout, evidence),
         "problems": problems,
     }
+
+
+def _assessor(file: Checkpoint) -> Facts:
+    """What an assessor reads, and what it was found to tell."""
+    try:
+        reads, found = (
+            dict(json.loads(file.metadata[f"recast.{key}"])) for key in ("fingerprint", "facts")
+        )
+        told = {
+            "teacher": found.get("teacher"),
+            "accuracy": [round(float(each), 3) for each in found.get("accuracy", ())],
+            "active": found.get("active"),
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        return {"problems": [f"{file.path}: its header is damaged ({error}): make it again."]}
+    return {"reads": reads, "found": told, "problems": []}
 
 
 def _layout(file: Checkpoint) -> tuple[Layout | None, list[str]]:

@@ -19,6 +19,7 @@ from recast.checkpoint import Checkpoint
 from recast.distill.store import read_assessor
 from recast.errors import CheckFailed, Refused
 from recast.events import Note
+from recast.inspection import describe
 
 HOW = Settings(samples=96, test=40, bins=2, patterns=2, d=8, hidden=8, prototypes="shared",
                steps=30, batch=32, lr=1e-2)  # fmt: skip
@@ -70,6 +71,14 @@ def test_it_leaves_an_assessor_that_reads_its_teacher_and_no_other(done: Job) ->
         read_assessor(done.out / "assessor.safetensors", fingerprint(opened(other), HOW))
 
 
+def test_inspect_says_what_it_reads(done: Job) -> None:
+    facts = describe(done.out / "assessor.safetensors")
+    assert facts["kind"] == "assessor"
+    assert facts["reads"]["objective"] == "eps"
+    assert len(facts["found"]["active"]) == 2
+    assert "objective" not in facts
+
+
 def test_the_report_has_every_figure_and_control(done: Job) -> None:
     said = load(done.out)
     assert said["blocks"].keys() == said["random"].keys() == said["mismatch"].keys()
@@ -102,7 +111,7 @@ def test_an_unusable_assessor_leaves_its_report_only(job: Job, done: Job, tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "features").symlink_to(features_of, target_is_directory=True)
     (tmp_path / "run" / "cache").symlink_to(done.out / "cache", target_is_directory=True)
-    strict = replace(job, out=tmp_path / "run", settings=replace(HOW, threshold=0.999, steps=2))
+    strict = replace(job, out=tmp_path / "run", settings=replace(HOW, threshold=0.999))
     with pytest.raises(CheckFailed, match=r"only 0 of its 2 time bins.*report\.md"):
         list(run(strict))
     assert not (tmp_path / "run" / "assessor.safetensors").exists()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from recast.distill.assessor import Assessor
     from recast.model import Model
 
+    Splits = Mapping[Split, Features]
+
 CONTROL: tuple[Split, ...] = ("train", "validate", "test")
 
 
@@ -47,8 +49,7 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     Raises Refused for bad input with nothing written, CheckFailed for an assessor that is not
     usable: then only its report is.
     """
-    from recast.assessing.features import Place, collect
-    from recast.assessing.latents import gather, identity
+    from recast.assessing.latents import identity
     from recast.assessing.record import ASSESSOR, PAGE, finished, write
 
     model, how = opened(job), job.settings
@@ -58,21 +59,11 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     if finished(job.out, tag, force=job.force):
         yield Note(f"{job.out / ASSESSOR} is this assessor already.")
         return
-    of_features = digest({**about, **how.of_features()})
     with lock(job.out):
-        material = yield from gather(model, job.source, how, job.out, stopped)
+        material = yield from collected(job, model, digest({**about, **how.of_features()}), stopped)
         if material is None:
             return
-        place = Place(job.out / "features" / of_features, of_features)
-        seen = yield from collect(model, material, how, place, SPLITS, stopped)
-        if seen is None:
-            return
-        chance = yield from collect(
-            randomised(model, how.seed), material, how, replace(place, control=True), CONTROL,
-            stopped,
-        )  # fmt: skip
-        if chance is None:
-            return
+        seen, chance = material
         assessor = yield from fitted("fit", seen, how, stopped)
         control = None if assessor is None else (yield from fitted("control", chance, how, stopped))
         if assessor is None or control is None:
@@ -81,6 +72,30 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
         write(job.out, assessor, fingerprint(model, how), {**about, "digest": tag}, how, found)
     if found["trouble"]:
         raise CheckFailed(f"{found['trouble']} ({job.out / PAGE} has the figures.)")
+
+
+def collected(
+    job: Job, model: Model, name: str, stopped: Callable[[], int]
+) -> Generator[Event, None, tuple[Splits, Splits] | None]:
+    """Features of the teacher and of the random network, on the device; None where stopped."""
+    from recast.assessing.features import Place, collect
+    from recast.assessing.latents import gather
+
+    how = job.settings
+    material = yield from gather(model, job.source, how, job.out, stopped)
+    if material is None:
+        return None
+    place = Place(job.out / "features" / name, name)
+    found: list[Splits] = []
+    for one, where, splits in (
+        (model, place, SPLITS),
+        (randomised(model, how.seed), replace(place, control=True), CONTROL),
+    ):
+        each = yield from collect(one, material, how, where, splits, stopped)
+        if each is None:
+            return None
+        found.append({split: part.to(model.device) for split, part in each.items()})
+    return found[0], found[1]
 
 
 def opened(job: Job) -> Model:
@@ -129,7 +144,7 @@ def fitted(
         widths(seen["train"].pooled), how.d, how.hidden, how.bins, how.patterns,
         how.prototypes, how.pattern_head,  # type: ignore[arg-type]
     )  # fmt: skip
-    made = Assessor(shape, seeded(how.seed, "assessor"))
+    made = Assessor(shape, seeded(how.seed, "assessor")).to(seen["train"].t.device)
     made.standardise(seen["train"].pooled)
     yield Stage(name, how.steps, "steps")
     stream = batches(seen["train"], how.batch, how.seed)

@@ -42,6 +42,11 @@ class Features:
     t: Tensor
     fed: Tensor
 
+    def to(self, device: torch.device) -> Features:
+        """The same on a device."""
+        pooled = {name: each.to(device) for name, each in self.pooled.items()}
+        return Features(pooled, self.t.to(device), self.fed.to(device))
+
 
 @dataclass(frozen=True)
 class Place:
@@ -143,7 +148,7 @@ def _present(path: Path, digest: str) -> bool:
 
 
 def _read(place: Place, settings: Settings, split: Split) -> Features:
-    """A split's samples, as many as the settings say."""
+    """A split's samples, as many as the settings say, on the CPU."""
     rows: dict[str, list[Tensor]] = {}
     for number in chunks(settings, place, split):
         with Checkpoint(place.path(split, number)) as file:
@@ -160,6 +165,7 @@ def batches(features: Features, size: int, seed: int) -> Iterator[tuple[dict[str
     epoch = 0
     while True:
         order = torch.randperm(len(features.t), generator=seeded(seed, "epoch", epoch))
+        order = order.to(features.t.device)
         for rows in order.split(size):
             if len(rows) == size:
                 yield {name: each[rows] for name, each in features.pooled.items()}, features.t[rows]
