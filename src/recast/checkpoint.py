@@ -175,11 +175,12 @@ def write_pieces(
     *,
     force: bool = False,
     sources: Sequence[Path | str] = (),
-) -> str:
+) -> None:
     """As write, of tensors that come in pieces: one after the other, values in order, any shape.
 
     last: the metadata once all pieces were taken, of the same length in bytes as before: what is
-    only known then, such as hashes of what was read (ValueError for another length).
+    only known then, such as hashes of what was read (ValueError for another length). There is no
+    hash of the file: its first bytes come last, so that would read it once more.
     """
     placed = place(specs)
     head = header_bytes(placed, metadata)
@@ -205,7 +206,8 @@ def write_pieces(
         file.seek(0)
         file.write(final)
 
-    return commit(path, fill, size=len(head) + data, force=force, sources=sources)
+    size = len(head) + data
+    commit(path, fill, size=size, force=force, sources=sources, hashed=False)
 
 
 def write_dict(

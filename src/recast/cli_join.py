@@ -80,14 +80,13 @@ def merge(
             step = Step(how, paths, _weights(how, weight, len(paths)), density or _density(how),
                         seed)  # fmt: skip
             step = Step("lora", (step,), adapters=added) if added else step
-    sha256 = write_merge(step, out, force=force)
+    write_merge(step, out, force=force)
     facts = {
         "file": str(out),
         "how": step.how,
         "weights": step.weights[0].texts()
         if len(step.weights) == 1
         else [",".join(one.texts()) for one in step.weights],
-        "sha256": sha256,
     }
     console.emit(facts) if json else show_file(facts)
 

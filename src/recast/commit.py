@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -57,12 +56,14 @@ def commit(
     force: bool = False,
     sources: Sequence[Path | str] = (),
     twins: bool = False,
+    hashed: bool = True,
 ) -> str:
     """Let `write` fill a file, make it appear at path in one step and return its sha256.
 
     size: bytes that will be written, for the space check. sources: files the content is read from,
     never overwritten, not even by force. twins: others may be writing the same bytes there, the
-    last one wins; else a second writer is refused. Missing folders are created. Raises Refused
+    last one wins; else a second writer is refused. hashed: else the hash is "", and a file that was
+    not written in order is not read for it. Missing folders are created. Raises Refused
     (nothing written) or NoRoom (what was there before still is).
     """
     path = Path(path)
@@ -77,7 +78,7 @@ def commit(
             try:
                 if not twins:  # who began at the same moment: neither goes on
                     _refuse_rival(path, temporary)
-                digest = _fill(fd, write)
+                digest = _fill(fd, write, hashed=hashed)
                 if path.exists() and not force:  # since the work began
                     raise Refused(f"{path} has appeared meanwhile: name another file.")
                 if not WINDOWS:
@@ -219,16 +220,13 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}.recast-tmp")
 
 
-def _fill(fd: int, write: Callable[[BinaryIO], object]) -> str:
+def _fill(fd: int, write: Callable[[BinaryIO], object], *, hashed: bool) -> str:
     with Writer(fd) as file:
         write(cast(BinaryIO, file))
-        with ThreadPoolExecutor(1) as pool:  # a file that came out of order is read for its hash
-            synced = pool.submit(os.fsync, fd)
-            digest = file.sha256()
-            synced.result()
+        os.fsync(fd)
         if os.fstat(fd).st_size != file.size:
             raise OSError(errno.EIO, "the file is not as long as what was written to it")
-        return digest
+        return file.sha256() if hashed else ""
 
 
 def _seal(folder: Path) -> None:

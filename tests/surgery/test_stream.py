@@ -99,10 +99,10 @@ def test_pieces_make_what_whole_tensors_make(
     b = turned(tiny.checkpoint(tmp_path / "b0.safetensors", seed=1), tmp_path / "b.safetensors")
     models = (a, b, a) if how == "difference" else (a, b)
     step = Step(how, models, (parse_weights("0.3,te=0"),))
-    one = write_merge(step, tmp_path / "one")
+    write_merge(step, tmp_path / "one")
     monkeypatch.setattr(stream, "LARGEST", 4000)
-    assert write_merge(step, tmp_path / "two") == one
-    assert hashlib.sha256((tmp_path / "two").read_bytes()).hexdigest() == one
+    write_merge(step, tmp_path / "two")
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
     with Checkpoint(tmp_path / "two") as found, Checkpoint(a) as x, Checkpoint(b) as y:
         said = json.loads(found.metadata["recast.merge"])["models"]
         assert [each["sha256"] for each in said[:2]] == [x.sha256(), y.sha256()]

@@ -57,8 +57,8 @@ class Made:
         return model.first if isinstance(model, Made) else model
 
 
-def write_merge(step: Step, out: Path, *, force: bool = False) -> str:
-    """Stream a merge to a file and return its sha256; the header has the recipe and all parents.
+def write_merge(step: Step, out: Path, *, force: bool = False) -> None:
+    """Stream a merge to a file; the header has the recipe and the hashes of all parents.
 
     Raises Refused for files of different families, sizes or objectives, residuals, principal
     adapters and names that mean nothing.
@@ -86,7 +86,7 @@ def write_merge(step: Step, out: Path, *, force: bool = False) -> str:
         specs = {key: (spec.dtype, spec.shape) for key, spec in first.specs.items()}
         begun = about | {RECIPE: json.dumps(_recipe(step, known))}
         pieces = _merged(made, read)
-        return write_pieces(out, specs, pieces, begun, last, force=force, sources=sources)
+        write_pieces(out, specs, pieces, begun, last, force=force, sources=sources)
 
 
 def _merged(made: Made, read: Mapping[Path, Source]) -> Iterator[tuple[str, Tensor]]:
