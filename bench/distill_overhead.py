@@ -24,8 +24,9 @@ import torch
 from recast import pocket
 from recast.distill.assessor import Assessor, Shape, widths
 from recast.distill.fusion import Fusion, base_weights
-from recast.distill.loop import BlockWeight, How, Tapped, distil
+from recast.distill.loop import distil
 from recast.distill.signals import assess
+from recast.distill.step import BlockWeight, How, Tapped
 from recast.distill.taps import FeatureTap, pool
 from recast.model import open_model
 from recast.objective import FLOW

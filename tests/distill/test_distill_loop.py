@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from recast.distill.fusion import Fusion, base_weights
-from recast.distill.loop import BlockWeight, DistilStep, How, Tapped, distil
+from recast.distill.loop import distil
 from recast.distill.signals import AssessorOutput
+from recast.distill.step import BlockWeight, DistilStep, How, Tapped
 from recast.errors import NotFinite, Refused
 from recast.objective import EPS, FLOW, Net
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,15 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from recast.distill.fusion import Fused
-from recast.distill.losses import KD_WEIGHT, KDS, LocalHeads, block_term, expressed, target
+from recast.distill.losses import KDS, LocalHeads, block_term, expressed, target
+from recast.distill.step import USUAL_WEIGHT, BlockWeight, DistilStep, How, Noisy, Tapped
 from recast.errors import NotFinite
-from recast.objective import Net, Objective, retime
+from recast.objective import retime
 
 if TYPE_CHECKING:
     from recast.distill.signals import AssessorOutput
 
 PATIENCE = 3
-USUAL_WEIGHT = 0.05
-WANTED_RATIO = 0.1  # of the block term to the flow term, by which `auto` sets the weight
 
 Features = Mapping[str, Tensor]
 Weigher = Callable[[int, "AssessorOutput | None", Tensor], Tensor | Fused]
@@ -41,125 +40,11 @@ Assess = Callable[[Features, Features, Tensor], "AssessorOutput"]
 """(student's features, teacher's, the teacher's times (B,)) -> signals."""
 
 
-class Noisy(Protocol):
-    """A batch: x0, eps, x (B, C, H, W), t (B,); `weight` (B,) makes up for how t was drawn."""
-
-    @property
-    def x0(self) -> Tensor: ...
-    @property
-    def eps(self) -> Tensor: ...
-    @property
-    def x(self) -> Tensor: ...
-    @property
-    def t(self) -> Tensor: ...
-    @property
-    def condition(self) -> Any: ...
-    @property
-    def weight(self) -> Tensor | None: ...
-
-
-class Tap(Protocol):
-    """What hands over the features of the last forward pass; entered while the loop runs."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *exception: Any) -> Any: ...
-    def taken(self) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Tapped:
-    """A network as the loop uses it: `bind` a condition, call it, take the blocks' features."""
-
-    bind: Callable[[Any], Net]
-    tap: Tap
-    objective: Objective
-
-
-@dataclass
-class BlockWeight:
-    """What the block term counts: a number, or "auto", set once so that its ratio R is 0.1.
-
-    Until `warmup` steps have been seen auto counts as 0.05.
-    """
-
-    asked: float | str
-    warmup: int = 50
-    flow: float = 0.0
-    blocks: float = 0.0
-    seen: int = 0
-    found: float | None = None
-
-    @property
-    def now(self) -> float:
-        """The weight in effect."""
-        if isinstance(self.asked, str):
-            return USUAL_WEIGHT if self.found is None else self.found
-        return float(self.asked)
-
-    def see(self, flow: float, blocks: float) -> None:
-        """Take note of a step's two terms, the block term without its weight."""
-        if not isinstance(self.asked, str) or self.found is not None:
-            return
-        self.flow, self.blocks, self.seen = self.flow + flow, self.blocks + blocks, self.seen + 1
-        if self.seen >= self.warmup and self.blocks > 0:
-            self.found = WANTED_RATIO * self.flow / self.blocks
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes from step to step."""
-        return {k: getattr(self, k) for k in ("flow", "blocks", "seen", "found")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for key, value in state.items():
-            setattr(self, key, value)
-
-
-@dataclass(frozen=True)
-class How:
-    """What is learned, and how the parts count; see `losses`."""
-
-    share: float = 1.0
-    control: bool = True
-    kd: str = "pooled"
-    kd_weight: float = KD_WEIGHT
-    local_weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class DistilStep:
-    """One optimizer step; `step` counts those done, this one included.
-
-    `losses`, `times` are (B,): each sample's flow loss before weights, and its time. `kd` (nb,) are
-    the blocks' means, `values` (nb,) their weights and `raw` those before mean and sum. `ratio` is
-    block term by flow term, `gradient_ratio` that of their gradients' norms, on the steps where it
-    is measured. `seconds` is wall time. `skipped` counts steps left out in a row.
-    """
-
-    step: int
-    loss: float
-    flow: float
-    blocks: float
-    block_weight: float
-    ratio: float
-    losses: Tensor
-    times: Tensor
-    kd: Tensor
-    values: Tensor
-    raw: Tensor
-    spread: Tensor
-    saturated: float
-    gradient_ratio: float | None
-    grad_norm: float
-    lr: float
-    skipped: int
-    seconds: float
-    scale: float = 1.0
-
-
 @dataclass
 class _Sums:
-    """What the micro-batches of one step come to."""
+    """What the micro-batches of one step come to; `count` of them."""
 
+    count: int
     flow: float = 0.0
     blocks: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
@@ -167,6 +52,80 @@ class _Sums:
     kd: list[Tensor] = field(default_factory=list)
     fused: Fused | None = None
     gradient_ratio: float | None = None
+
+    def told(self, weight: float, **more: Any) -> DistilStep:
+        """The step, with what is known of it besides."""
+        flow, blocks = self.flow / self.count, self.blocks / self.count
+        fused = self.fused or Fused.plain(torch.zeros(0))
+        return DistilStep(
+            loss=flow + weight * blocks, flow=flow, blocks=blocks, block_weight=weight,
+            ratio=weight * blocks / flow if flow else 0.0, losses=torch.cat(self.losses),
+            times=torch.cat(self.times),
+            kd=torch.stack(self.kd).mean(0) if self.kd else torch.zeros(0),
+            values=fused.values.detach(), raw=fused.raw.detach(), spread=fused.spread,
+            saturated=fused.saturated, gradient_ratio=self.gradient_ratio, **more,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Student and teacher, and how a batch becomes the two terms."""
+
+    student: Tapped
+    teacher: Tapped
+    how: How
+    weigher: Weigher
+    assess: Assess | None
+    heads: LocalHeads | None
+    autocast: torch.dtype | None
+
+    def terms(self, draw: Noisy, step: int, sums: _Sums, blocks: bool) -> tuple[Tensor, Tensor]:
+        """The flow term and the block term (without its weight) of one draw, in float32."""
+        answer, output, theirs = self.answers(draw, blocks)
+        how = self.how
+        value, counts = target(
+            answer, draw.x, draw.x0, draw.eps, draw.t, source=self.teacher.objective,
+            objective=self.student.objective, share=how.share, control=how.control,
+        )  # fmt: skip
+        each = (output - value.float()).square().flatten(1).mean(1)
+        flow = (each * counts if draw.weight is None else each * counts * draw.weight).mean()
+        term = self.block_term(draw, theirs, step, sums) if blocks else torch.zeros_like(flow)
+        sums.flow += flow.item()
+        sums.blocks += term.item()
+        sums.losses.append(each.detach().cpu())
+        sums.times.append(draw.t.detach().cpu())
+        return flow, term
+
+    def answers(self, draw: Noisy, blocks: bool) -> tuple[Tensor, Tensor, Features]:
+        """The teacher's answer in the student's objective, the student's, the teacher's blocks."""
+        answer, theirs = draw.x0, {}
+        device = draw.x.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            if self.how.share or blocks:
+                bound = self.teacher.bind(draw.condition)
+                net = expressed(bound, self.teacher.objective, self.student.objective)
+                answer = net(draw.x, draw.t)
+            if blocks:
+                theirs = self.teacher.tap.taken()  # before the student answers: it may be the same
+            output = self.student.bind(draw.condition)(draw.x, draw.t).float()
+        return answer, output, theirs
+
+    def block_term(self, draw: Noisy, theirs: Features, step: int, sums: _Sums) -> Tensor:
+        """L_blocks of one draw: distances, signals, weights."""
+        how, mine = self.how, self.student.tap.taken()
+        kd = KDS[how.kd](mine, theirs)
+        source, objective = self.teacher.objective, self.student.objective
+        clock = retime(draw.t, objective.path, source.path).clamp(max=1)
+        signals = self.assess(mine, theirs, clock) if self.assess else None
+        weighed = self.weigher(step, signals, kd)
+        sums.fused = weighed if isinstance(weighed, Fused) else Fused.plain(weighed)
+        local = None
+        if self.heads is not None and how.local_weight:
+            local = self.heads(mine, objective.target(draw.x0, draw.eps, draw.t))
+        sums.kd.append(kd.detach().mean(0).cpu())
+        return block_term(
+            sums.fused.values, kd, local, kd_weight=how.kd_weight, local_weight=how.local_weight
+        )
 
 
 def distil(
@@ -196,101 +155,49 @@ def distil(
     `gradients_every` steps (0: never) both terms' gradients are taken apart, which costs a backward
     pass. Raises NotFinite at the third step in a row that is not finite.
     """
-    how = how or How()
     weight = block_weight if isinstance(block_weight, BlockWeight) else BlockWeight(block_weight)
+    both = _Both(student, teacher, how or How(), weigher, assess, heads, autocast)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device.type
     remaining = iter(draws)
     with student.tap, teacher.tap:
         while micro := list(islice(remaining, accumulate)):
             began = time.perf_counter()
             lr = _set_rate(optimizer, schedule(done) if schedule else 1.0)
             optimizer.zero_grad(set_to_none=True)
-            forward: AbstractContextManager = (
-                torch.autocast(device, autocast) if autocast else nullcontext()
-            )
             apart = bool(gradients_every) and done % gradients_every == 0
-            sums = _Sums()
-            for draw in micro:
-                flow, blocks = _terms(
-                    student, teacher, draw, sums, how, forward, weigher, done, assess, heads,
-                    bool(weight.now),
-                )  # fmt: skip
-                if apart and sums.gradient_ratio is None:
-                    sums.gradient_ratio = gradient_ratio(flow, weight.now * blocks, parameters)
-                loss = (flow + weight.now * blocks) / len(micro)
-                (scaler.scale(loss) if scaler else loss).backward()
+            sums = _gradients(both, micro, done, weight.now, parameters, apart, scaler)
             scale = _unscale(scaler, optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
-
             done += 1
-            flow_term, block_term_ = sums.flow / len(micro), sums.blocks / len(micro)
-            total, counted = flow_term + weight.now * block_term_, weight.now
-            finite = math.isfinite(total) and math.isfinite(norm)
-            skipped = 0 if finite else skipped + (not (math.isfinite(total) and scale > 1))
+            told = sums.told(weight.now, step=done, grad_norm=norm, lr=lr, skipped=0, seconds=0.0)
+            finite = math.isfinite(told.loss) and math.isfinite(norm)
+            overflows = math.isfinite(told.loss) and not finite and scale > 1
+            skipped = 0 if finite else skipped + (not overflows)
             if finite:
                 optimizer.step()
-                weight.see(flow_term, block_term_)
+                weight.see(told.flow, told.blocks)
             elif skipped >= PATIENCE:
                 raise NotFinite(
-                    f"step {done}: loss {total} and gradient norm {norm}, the {skipped}. step in a "
-                    "row that is not finite; lower the learning rate, or set precision to bf16"
+                    f"step {done}: loss {told.loss} and gradient norm {norm}, the {skipped}. step "
+                    "in a row that is not finite; lower the learning rate, or set precision to bf16"
                 )
-            fused = sums.fused or Fused.plain(torch.zeros(0))
-            yield DistilStep(
-                done, total, flow_term, block_term_, counted,
-                counted * block_term_ / flow_term if flow_term else 0.0,
-                torch.cat(sums.losses), torch.cat(sums.times),
-                torch.stack(sums.kd).mean(0) if sums.kd else torch.zeros(0),
-                fused.values, fused.raw, fused.spread, fused.saturated, sums.gradient_ratio,
-                norm, lr, skipped, time.perf_counter() - began, scale,
-            )  # fmt: skip
+            seconds = time.perf_counter() - began
+            yield replace(told, skipped=skipped, seconds=seconds, scale=scale)
 
 
-def _terms(
-    student: Tapped, teacher: Tapped, draw: Noisy, sums: _Sums, how: How,
-    forward: AbstractContextManager, weigher: Weigher, step: int, assess: Assess | None,
-    heads: LocalHeads | None, wants_blocks: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The flow term and the block term (without its weight) of one draw, in float32."""
-    source, objective = teacher.objective, student.objective
-    needs_teacher = bool(how.share) or wants_blocks
-    with forward:
-        answer, theirs = draw.x0, {}
-        if needs_teacher:
-            bound = expressed(teacher.bind(draw.condition), source, objective)
-            answer = bound(draw.x, draw.t)
-        if wants_blocks:
-            theirs = teacher.tap.taken()  # before the student answers: both may be one network
-        output = student.bind(draw.condition)(draw.x, draw.t).float()
-    value, counts = target(
-        answer, draw.x, draw.x0, draw.eps, draw.t,
-        source=source, objective=objective, share=how.share, control=how.control,
-    )  # fmt: skip
-    each = (output - value.float()).square().flatten(1).mean(1)
-    evened = each * counts if draw.weight is None else each * counts * draw.weight
-    flow = evened.mean()
-    blocks = torch.zeros_like(flow)
-    if wants_blocks:
-        mine = student.tap.taken()
-        kd = KDS[how.kd](mine, theirs)
-        clock = retime(draw.t, objective.path, source.path).clamp(max=1)
-        signals = assess(mine, theirs, clock) if assess else None
-        weighed = weigher(step, signals, kd)
-        sums.fused = weighed if isinstance(weighed, Fused) else Fused.plain(weighed.detach())
-        values = weighed.values if isinstance(weighed, Fused) else weighed
-        local = None
-        if heads is not None and how.local_weight:
-            local = heads(mine, objective.target(draw.x0, draw.eps, draw.t))
-        blocks = block_term(
-            values, kd, local, kd_weight=how.kd_weight, local_weight=how.local_weight
-        )
-        sums.kd.append(kd.detach().mean(0).cpu())
-    sums.flow += flow.item()
-    sums.blocks += blocks.item()
-    sums.losses.append(each.detach().cpu())
-    sums.times.append(draw.t.detach().cpu())
-    return flow, blocks
+def _gradients(
+    both: _Both, micro: list[Noisy], step: int, weight: float, parameters: list[Tensor],
+    apart: bool, scaler: GradScaler | None,
+) -> _Sums:  # fmt: skip
+    """Add up the gradients of one step's draws."""
+    sums = _Sums(len(micro))
+    for draw in micro:
+        flow, blocks = both.terms(draw, step, sums, bool(weight))
+        if apart and sums.gradient_ratio is None:
+            sums.gradient_ratio = gradient_ratio(flow, weight * blocks, parameters)
+        loss = (flow + weight * blocks) / len(micro)
+        (scaler.scale(loss) if scaler else loss).backward()
+    return sums
 
 
 def gradient_ratio(flow: Tensor, blocks: Tensor, parameters: list[Tensor]) -> float:

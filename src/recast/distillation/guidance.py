@@ -17,10 +17,10 @@ from torch import Tensor
 from recast.checkpoint import Checkpoint, write_dict
 from recast.distill.assessor import Assessor, bin_of
 from recast.distill.fusion import Fused, Fusion, base_weights
-from recast.distill.loop import Tapped
 from recast.distill.reliability import active_bins
 from recast.distill.sampler import Profile
 from recast.distill.signals import AssessorOutput, absolute, assess
+from recast.distill.step import Tapped
 from recast.distill.store import read_assessor
 from recast.distill.taps import FeatureTap, pool
 from recast.distillation.config import Blocks, Config

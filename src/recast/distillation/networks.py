@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recast.distill.loop import Tapped
 from recast.distill.losses import AIMS
+from recast.distill.step import Tapped
 from recast.distill.taps import FeatureTap
 from recast.distillation.config import Config
 from recast.errors import Refused

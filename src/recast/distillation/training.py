@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recast.distill.fusion import MUCH, Fused, warned
-from recast.distill.loop import BlockWeight, DistilStep, How, distil
+from recast.distill.loop import distil
 from recast.distill.losses import LocalHeads
 from recast.distill.sampler import TimeSampler
+from recast.distill.step import BlockWeight, DistilStep, How
 from recast.distill.taps import FeatureTap
 from recast.distillation import files
 from recast.distillation.config import Config
