@@ -23,7 +23,7 @@ from recast.surgery.chop import chop
 from recast.surgery.contents import held
 from recast.surgery.explore import groups_of
 from recast.surgery.mix import Mix
-from recast.surgery.page import file_size, heat
+from recast.surgery.page import file_size, heat, strength
 from recast.surgery.weights import only
 
 
@@ -52,13 +52,14 @@ def test_a_mixture_is_the_attached_adapter_and_goes_back_to_the_bit(tmp_path: Pa
         assert torch.equal(answer(model.unet, layout, "unet"), before)
 
 
-def test_heat_is_black_where_nothing_changed() -> None:
+def test_heat_is_black_where_nothing_changed_and_white_where_most_did() -> None:
     one = torch.zeros(3, 2, 2)
     other = one.clone()
-    other[:, 0, 0] = 2
-    found = heat(one, other)
+    other[:, 0, 0] = 0.02
+    found = heat(one, other, strength([one], [other]))
     assert torch.equal(found[:, 1, 1], torch.full((3,), -1.0))
-    assert torch.equal(found[:, 0, 0], torch.ones(3))
+    assert torch.equal(found[:, 0, 0], torch.ones(3))  # however little that is, down to one level
+    assert strength([one], [one]) == 255
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from recast.surgery.vectors import BASE, DIALECTS, NUMBERED
 
 PIXELATED = 160
 LONGEST = 320  # pixels of a picture on the page
-AMPLIFIED = 3.0  # differences are shown this much stronger
+FAINTEST = 1 / 255  # no weaker difference is shown as strong as can be
 
 
 def page(seen: Explored, plan: Plan, energies: dict[str, float | None], name: str) -> str:
@@ -37,12 +37,14 @@ def page(seen: Explored, plan: Plan, energies: dict[str, float | None], name: st
         lstrip_blocks=True,
     )
     whole = sum(value for value in energies.values() if value)
-    rows = [_row(group, seen, energies, whole) for group in seen.groups]
+    times = strength(seen.none.pictures, seen.whole.pictures)
+    rows = [_row(group, seen, energies, whole, times) for group in seen.groups]
     side = seen.whole.pictures[0].shape[-1]
     return environment.get_template("explore.html.j2").render(
         name=name,
         setting=seen.setting,
         count=len(seen.setting.prompts),
+        times=times,
         rows=rows,
         bare=_strip(seen.none.pictures),
         whole=_strip(seen.whole.pictures),
@@ -64,7 +66,7 @@ def file_size(groups: Sequence[Group], chosen: Sequence[str]) -> int:
 
 
 def _row(
-    group: Group, seen: Explored, energies: dict[str, float | None], whole: float
+    group: Group, seen: Explored, energies: dict[str, float | None], whole: float, times: float
 ) -> dict[str, Any]:
     known = [value for m in group.modules if (value := energies[m.spot.lora]) is not None]
     return {
@@ -73,25 +75,36 @@ def _row(
         "bytes": amount(group.bytes),
         "energy": 100 * sum(known) / whole if known and whole else None,
         "ticked": group.name in seen.chosen,
-        "alone": _shown(seen.alone[group.name], seen.none.pictures),
-        "without": _shown(seen.without[group.name], seen.whole.pictures),
+        "alone": _shown(seen.alone[group.name], seen.none.pictures, times),
+        "without": _shown(seen.without[group.name], seen.whole.pictures, times),
     }
 
 
-def _shown(found: Seen, reference: tuple[Tensor, ...]) -> dict[str, Any]:
+def _shown(found: Seen, reference: tuple[Tensor, ...], times: float) -> dict[str, Any]:
     pairs = zip(found.pictures, reference, strict=True)
     return {
         "picture": _strip(found.pictures),
-        "difference": _strip([heat(a, b) for a, b in pairs]),
+        "difference": _strip([heat(a, b, times) for a, b in pairs]),
         "likeness": found.likeness,
         "kept": found.kept,
     }
 
 
-def heat(one: Tensor, other: Tensor) -> Tensor:
+def strength(none: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    """How much stronger differences are shown: the adapter's largest one as strong as can be."""
+    far = max(_far(a, b).max().item() for a, b in zip(none, whole, strict=True))
+    return 1 / max(far, FAINTEST)
+
+
+def heat(one: Tensor, other: Tensor, times: float) -> Tensor:
     """How far two pictures (3, H, W) are apart by pixel: black, red, yellow, white; (3, H, W)."""
-    far = (AMPLIFIED * (one - other).abs().mean(0) / 2).clamp(0, 1)
+    far = (times * _far(one, other)).clamp(0, 1)
     return torch.stack([(3 * far - k).clamp(0, 1) for k in range(3)]) * 2 - 1
+
+
+def _far(one: Tensor, other: Tensor) -> Tensor:
+    """By pixel, from 0 to 1; (H, W)."""
+    return (one - other).abs().mean(0) / 2
 
 
 def _strip(pictures: Sequence[Tensor]) -> str:
