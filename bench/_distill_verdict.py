@@ -17,7 +17,7 @@ from _distill_stats import LEVEL, Paired, holm, paired
 
 Row = dict[str, Any]
 Errors = Mapping[str, Mapping[int, float]]
-RIVALS = {"A1": "the control", "A3": "the placebo", "A4": "the frozen weights"}
+RIVALS = {"A1": "the control", "A3": "the placebo", "A4": "its own mean weights, frozen"}
 OTHERS = {
     "A5": "learned weights",
     "A7": "loss-aware times",
@@ -71,7 +71,13 @@ def verdict(found: Errors, weight: float) -> str:
             f"{others}; what helps is not what the assessor knows."
         )
     if "A1" in lost:
-        return f"The assessor harms here: A2's error is {size:.2%} above the control's."
+        above = " and ".join(RIVALS[kind] for kind in lost)
+        alike = [RIVALS[kind] for kind in RIVALS if kind not in lost]
+        rest = f"; it cannot be told from {' and '.join(alike)}" if alike else ""
+        return (
+            f"The assessor harms here: A2's error is {size:.2%} above the control's "
+            f"({interval(known['A1'], control)}), so it lies above {above}{rest}."
+        )
     return (
         f"No difference detected: A2's error is {abs(size):.2%} {'below' if size < 0 else 'above'} "
         f"the control's ({interval(known['A1'], control)}); {least:.2%} would have been seen four "

@@ -115,7 +115,10 @@ def test_a_claim_needs_all_three_rivals_beaten() -> None:
     assert said.startswith("No difference detected")
     assert "four times in five" in said
     said = words.verdict(made(A1=0.50, A2=0.53, A3=0.50, A4=0.50), 1.0)
-    assert said.startswith("The assessor harms here")
+    assert said.startswith("The assessor harms here: A2's error is 6.")
+    assert "so it lies above the control and the placebo and its own mean" in said
+    said = words.verdict(made(A1=0.50, A2=0.53, A3=0.50, A4=0.53), 1.0)
+    assert "it cannot be told from its own mean weights, frozen." in said
 
 
 def test_nothing_is_decided_before_every_seed_is_there() -> None:
