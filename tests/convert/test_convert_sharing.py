@@ -105,7 +105,8 @@ def test_shared_out_weights_train_as_one_process_does(home: Path) -> None:
     for name in ("parameters", "optimizer", "ema"):
         a, b = (read(state.path / f"{name}.safetensors") for state in states if state)
         assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-    lines = [[json.loads(x) for x in (run / "log.jsonl").open()] for run in (one, two)]
+    texts = [(run / "log.jsonl").read_text(encoding="utf-8") for run in (one, two)]
+    lines = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [row.keys() for row in lines[0]] == [row.keys() for row in lines[1]]
     for a, b in zip(*lines, strict=True):
         assert b["losses"] == pytest.approx(a["losses"], rel=1e-4)
