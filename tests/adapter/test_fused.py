@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recast.adapter.fused import fusable, fused
+from recast.adapter.fused import _narrow, fusable, fused
 from recast.adapter.layers import LoCon, Switch
 from recast.lowrank import LowRank
 
@@ -13,13 +13,14 @@ LAYERS = {
     "no bias": (lambda: nn.Linear(12, 10, bias=False), (5, 12)),
     "conv": (lambda: nn.Conv2d(6, 10, 3, padding=1), (2, 6, 5, 7)),
     "strided": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 8, 6)),
-    "one pixel": (lambda: nn.Conv2d(6, 10, 1), (2, 6, 4, 4)),
+    "one pixel": (lambda: nn.Conv2d(12, 10, 1), (2, 12, 4, 4)),
 }
+WAYS = {"chain": (torch.float64, 6), "summed": (torch.float32, 1), "whole": (torch.float32, 6)}
 
 
-def factors(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def factors(layer: nn.Module, rank: int = 4) -> tuple[nn.Parameter, nn.Parameter]:
     out, into, *kernel = layer.weight.shape
-    up, down = torch.randn(out, 4), torch.randn(4, into, *kernel)
+    up, down = torch.randn(out, rank), torch.randn(rank, into, *kernel)
     return nn.Parameter(up * 0.3), nn.Parameter(down * 0.3)
 
 
@@ -36,25 +37,30 @@ def slow(layer: nn.Module, x: Tensor, up: Tensor, down: Tensor, start, scale: fl
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("begins", ["zero", "principal"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chain", "summed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_answer_and_gradients_are_those_of_the_summed_weight(
-    kind: str, begins: str, dtype: torch.dtype
+    kind: str, begins: str, way: str
 ) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
+    dtype, rank = WAYS[way]
     layer = make().to(dtype).requires_grad_(False)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
-    up, down = (nn.Parameter(f.detach().to(dtype)) for f in factors(layer))
+    up, down = (nn.Parameter(f.detach().to(dtype)) for f in factors(layer, rank))
     start, scale = None, 0.5
     if begins == "principal":
-        start, scale = tuple(f.detach().to(dtype) for f in factors(layer)), 1.0
+        start, scale = tuple(f.detach().to(dtype) for f in factors(layer, rank)), 1.0
     assert fusable(layer, x)
+    assert _narrow(layer.weight, rank) == (rank == 6)
     wanted = slow(layer, x, up, down, start, scale)
     pull = torch.randn_like(wanted)
     exact = torch.autograd.grad(wanted, [x, up, down], pull)
     made = fused(layer, x, up, down, start, scale)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
     for found, right in zip(torch.autograd.grad(made, [x, up, down], pull), exact, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+    first = fused(layer, x.detach(), up, down, start, scale)
+    for found, right in zip(torch.autograd.grad(first, [up, down], pull), exact[1:], strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 

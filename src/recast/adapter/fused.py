@@ -7,8 +7,10 @@
 Less to do and to keep than in a chain of layers. The second half of a principal factor's change
 has no masters of its own and takes no part in dA and dB. In fp32, where there are more positions
 than the weight is wide, the change is added to the weight, anew for the way back: nothing but x is
-kept, and two of six narrow products fall away. In 16 bits small changes would be lost in the sum:
-there they are added to the answer, in place, and x and A x are kept.
+kept, and two of six narrow products fall away. Where the weight is hardly larger than its factors,
+the other four do as well: with G = dy x^T, dA = (sum_i B_i)^T G and dB = s G A^T. In 16 bits small
+changes would be lost in the sum: there they are added to the answer, in place, and x and A x are
+kept.
 """
 
 from __future__ import annotations
@@ -102,17 +104,16 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down, up0, down0, hidden = ctx.saved_tensors
         pairs = _pairs(up, down, up0, down0, ctx.scale, x.dtype)
-        if hidden is None:
-            hidden = _map(x, down, None, ctx.geometry)
-            weight = _sum(weight, pairs) if ctx.needs_input_grad[0] else weight
+        wants, geometry, summed = ctx.needs_input_grad[0], ctx.geometry, hidden is None
+        if summed:
+            weight = _sum(weight, pairs) if wants else weight
             pairs = [(up if ctx.scale == 1 else up * ctx.scale, down)]
-            summed = True
+        if summed and _narrow(weight, len(down)):
+            dx, db, da = _whole(dy, x, weight, pairs[0], wants, geometry)
         else:
-            summed = False
-        back = _linear if ctx.geometry is None else _conv
-        dx, db, da = back(
-            dy, x, weight, pairs, hidden, ctx.needs_input_grad[0], summed, ctx.geometry
-        )
+            hidden = _map(x, down, None, geometry) if summed else hidden
+            back = _linear if geometry is None else _conv
+            dx, db, da = back(dy, x, weight, pairs, hidden, wants, summed, geometry)
         db = db.to(up.dtype)
         db = db if ctx.scale == 1 else db * ctx.scale
         return dx, None, None, db, da.to(down.dtype), None, None, None, None
@@ -146,6 +147,12 @@ def _wide(x: Tensor, weight: Tensor, geometry: Geometry | None) -> bool:
     else:
         positions = len(x) * x.shape[2] * x.shape[3] // (geometry.stride[0] * geometry.stride[1])
     return positions * (into + out) > 2 * into * out
+
+
+def _narrow(weight: Tensor, rank: int) -> bool:
+    """Whether G takes less than the four products it saves, which are slower in convolutions."""
+    out, into = weight.shape[0], weight[0].numel()
+    return (2 if weight.ndim == 2 else 4) * rank * (into + out) >= into * out
 
 
 def _sum(weight: Tensor, pairs: Pairs) -> Tensor:
@@ -223,3 +230,23 @@ def _conv(
             dx.add_(geometry.backward(g, x, a, (True, False))[0])
     total = inner[0] if len(inner) == 1 else inner[0].add_(inner[1])
     return dx, db, geometry.backward(total, x, pairs[0][1], (False, True))[1]
+
+
+def _whole(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pair: tuple[Tensor, Tensor],
+    wants: bool,
+    geometry: Geometry | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The same by the gradient of the summed weight."""
+    b, a = pair
+    if geometry is None:
+        flat = _rows(dy)
+        dx = (flat @ weight).view(x.shape) if wants else None
+        whole = flat.T @ _rows(x)
+    else:
+        dx, found = geometry.backward(dy, x, weight, (wants, True))
+        whole = found.flatten(1)
+    return dx, whole @ a.flatten(1).T, (b.T @ whole).view_as(a)
