@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,12 +19,13 @@ from tests.convert import small
 from tests.convert.test_convert_processes import ended, launch, trained
 from torch import nn
 
+from recast.adapter.attach import _like
 from recast.checkpoint import Checkpoint
 from recast.convert import sharing
 from recast.errors import Refused
 from recast.recipe import dump_toml, load, override
 from recast.train import latest
-from recast.train.shards import Shards, units
+from recast.train.shards import Shards, spread, units
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 
@@ -53,14 +55,17 @@ def words(home: Path, out: Path, accumulate: int) -> list[object]:
     return ["train", file, home / "images", "--recipe", path, "--out", out, "--device", "cpu"]
 
 
-def accelerated(given: list[object]) -> subprocess.CompletedProcess[str]:
-    """Run a command in two processes by `accelerate launch --use_fsdp`."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def accelerated(given: list[object]) -> subprocess.CompletedProcess[str]:
+    """Run a command in two processes by `accelerate launch --use_fsdp`."""
     how = "--use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *how.split()]
-    command += ["--dynamo_backend", "no", "--main_process_port", str(port), "-m", "recast"]
+    command += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m", "recast"]
     command += [str(word) for word in given]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
@@ -121,6 +126,41 @@ def test_shared_out_weights_train_as_one_process_does(home: Path) -> None:
     assert trained(out) == trained(two)
     assert ended(launch(words(home, other, 4), home / "l5", 1), 400) == [0]
     assert 0 < apart(one, other) < 1e-4
+
+
+def restarted(rank: int, port: int) -> None:
+    """One of two processes that set shared weights, step their rows, and gather them."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )  # fmt: skip
+    torch.distributed.init_process_group("gloo")
+    net = nn.Module()
+    net.resnets, net.out = nn.ModuleList([nn.Linear(3, 5)]), nn.Linear(5, 1)
+    spread(net, torch.device("cpu"))
+    shards = Shards.of(dict(net.named_parameters()))
+    wanted = {}
+    for name, parameter in net.named_parameters():
+        value = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
+        with torch.no_grad():
+            parameter.copy_(_like(parameter, value))
+            assert torch.equal(shards.rows[name], shards.cut(name, value))
+            shards.rows[name].add_(1)
+        wanted[name] = value + 1
+    for name, value in shards.gathered(shards.rows):
+        assert torch.equal(value, wanted[name])
+    assert shards.specs(shards.rows)["out.weight"] == ("F32", (1, 5))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_rows_are_where_the_network_looks() -> None:
+    """Also where rows are uneven, or a process has none: what a run that goes back relies on."""
+    context = multiprocessing.get_context("forkserver")
+    port = free_port()
+    started = [context.Process(target=restarted, args=(rank, port)) for rank in range(2)]
+    for process in started:
+        process.start()
+    assert ended(started) == [0, 0]
 
 
 FULL = {"rank": 0, "profile": "unet"}

@@ -66,7 +66,7 @@ class Shards:
         """The rows share memory with what the network computes with."""
 
         def row(p: nn.Parameter) -> nn.Parameter:
-            return nn.Parameter(p.detach().to_local()) if isinstance(p, DTensor) else p
+            return nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p
 
         return cls(dict(parameters), {name: row(p) for name, p in parameters.items()})
 
