@@ -11,12 +11,13 @@ import pytest
 import torch
 from tests.convert import command, small
 
-from recast.assessing import Job, features, fingerprint, opened, randomised, run
+from recast.assessing import Job, features, fingerprint, latents, opened, randomised, run
 from recast.assessing.latents import Source, parts_of
 from recast.assessing.record import load, page
 from recast.assessing.settings import Settings
 from recast.checkpoint import Checkpoint
 from recast.distill.store import read_assessor
+from recast.dream import Plan
 from recast.errors import CheckFailed, Refused
 from recast.events import Note
 from recast.inspection import describe
@@ -91,7 +92,14 @@ def test_the_report_has_every_figure_and_control(done: Job) -> None:
     assert said["shuffled"].keys() == {"before", "after"}
     assert 0 <= said["untrained"]["saturated"] <= 1
     text = "\n".join(page(said))
-    for word in ("mid", "random weights", "told t'", "other samples", "bound 3"):
+    for word in (
+        "mid",
+        "random weights",
+        "was never trained",
+        "told t'",
+        "other samples",
+        "bound 3",
+    ):
         assert word in text
     assert (done.out / "report.md").read_text(encoding="utf-8") == text + "\n"
 
@@ -154,6 +162,24 @@ def test_parts_share_no_picture_and_none_is_left_out() -> None:
     parts = parts_of(43, 0)
     assert sorted(k for part in parts.values() for k in part) == list(range(43))
     assert [len(parts[name]) for name in ("train", "validate", "test")] == [35, 4, 4]
+
+
+def test_dreams_of_another_plan_lie_apart(
+    done: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def dreamt(model: object, folder: Path, plan: Plan, **rest: object) -> Iterator[Note]:
+        places.append(folder)
+        yield Note("")
+
+    monkeypatch.setattr(latents, "dream", dreamt)
+    model = opened(done)
+    for pictures in (10, 11):
+        how = replace(HOW, pictures=pictures)
+        list(latents.gather(model, Source(), how, tmp_path, lambda: 1))
+    assert places[0] != places[1]
+    assert places[0].parent == places[1].parent == tmp_path / "pairs"
 
 
 # what is refused

@@ -102,11 +102,12 @@ def _dreams(
 ) -> Generator[Event, None, Mapping[str, Material] | None]:
     from recast.distillation.material import Dreams, encoded, latents_of
 
-    plan = plan_of(model, prompts, settings)
-    yield from dream(model, out / "pairs", plan, stopped=stopped)
+    plan, sha256 = plan_of(model, prompts, settings), model.checkpoint.sha256()
+    folder = out / "pairs" / plan.digest(sha256)
+    yield from dream(model, folder, plan, stopped=stopped)
     if stopped():
         return None
-    shards = read_shards(out / "pairs", plan, model.checkpoint.sha256())
+    shards = read_shards(folder, plan, sha256)
     texts = [text for shard in shards for text in shard.prompts]
     known = [*dict.fromkeys(text for text in texts if text), ""]
     rows = {text: row for row, text in enumerate(known)}

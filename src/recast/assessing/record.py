@@ -137,6 +137,7 @@ def sentences(said: Mapping[str, Any]) -> Iterator[str]:
         f"{read}: {fed:.3f} of the samples read as told, {true:.3f} as they are (chance "
         f"{chance:.3f})."
     )
+    yield from untaught(said)
     shuffled = said["shuffled"]
     yield (
         f"- Features of other samples: e_t goes from {shuffled['before']:.2f} to "
@@ -151,6 +152,20 @@ def sentences(said: Mapping[str, Any]) -> Iterator[str]:
     if active is not None:
         yield f"- {sum(active)} of {len(active)} bins can be believed."
     yield f"- Not usable: {said['trouble']}" if said["trouble"] else "- Usable."
+
+
+def untaught(said: Mapping[str, Any]) -> Iterator[str]:
+    """How much of what is read comes without any training of the network."""
+    own, random = (
+        {name: each["top1"] for name, each in said[key].items()} for key in ("blocks", "random")
+    )
+    means = [sum(each.values()) / len(each) for each in (own, random)]
+    alike = [name for name in own if random[name] >= 0.9 * own[name]]
+    where = f"; in {', '.join(alike)} as much or nearly" if alike else ""
+    yield (
+        f"- Random weights: on average a block of a network that was never trained lets the same "
+        f"probe read {means[1]:.3f}, a block of the teacher {means[0]:.3f}{where}."
+    )
 
 
 def _put(path: Path, text: str) -> None:
