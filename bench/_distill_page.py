@@ -153,10 +153,11 @@ def soon(rows: Sequence[Row], arm: Arm, control: Arm) -> str:
 def decisive(rows: Sequence[Row], weight: float) -> Iterator[str]:
     """A2 against the three that it has to beat, with every seed's difference."""
     found = errors(rows)
-    yield "| A2 against | mean | 95 % t | p | Holm of three | each seed |"
-    yield "|---|---|---|---|---|---|"
     seen = {kind: against(found, Arm("A2", weight), Arm(kind, weight)) for kind in RIVALS}
     adjusted = holm({kind: each.p for kind, each in seen.items() if each})
+    if adjusted:
+        yield "| A2 against | mean | 95 % t | p | Holm of three | each seed |"
+        yield "|---|---|---|---|---|---|"
     for kind, each in seen.items():
         if each:
             scale = statistics.fmean(found[Arm(kind, weight).name].values())

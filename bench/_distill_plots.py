@@ -50,7 +50,7 @@ def curves(rows: Sequence[Row]) -> Any:
                     (x, 100 * (y / z - 1)) for (x, y), (_, z) in zip(seen, control, strict=True)
                 ]
                 axes[1, column].plot(*zip(*apart, strict=True), **style)
-        axes[0, column].set(title=f"block weight {weight:g}", yscale="log", ylabel="held-out error")
+        axes[0, column].set(title=f"block weight {weight:g}", ylabel="held-out error")
         axes[1, column].set(xlabel="step", ylabel="against A1, %")
         axes[1, column].axhline(0, color="black", linewidth=1)
     handles, labels = axes[0, 1].get_legend_handles_labels()
@@ -94,7 +94,7 @@ def differences(rows: Sequence[Row]) -> Any:
         axis.axvline(0, color="black", linewidth=1)
         axis.set(title=f"block weight {weight:g}", xlabel="error against A1, % (left is better)")
         axis.set_yticks(range(len(kinds)), kinds)
-        axis.invert_yaxis() if axis is axes[0] else None
+    axes[0].set_ylim(len(kinds) - 0.5, -0.5)
     return figure
 
 
@@ -118,7 +118,7 @@ def over_time(rows: Sequence[Row]) -> Any:
                 [m + a for m, a in zip(middle, apart, strict=True)],
                 color=line.get_color(), alpha=0.15, linewidth=0,
             )  # fmt: skip
-        axis.set(title=name, xlabel="step")
+        axis.set(title=name if mine else f"{name}: no rows yet", xlabel="step")
     axes[0].set_ylabel("weight, mean of 10 steps")
     axes[0].legend(fontsize=7, ncols=2)
     return figure
