@@ -2,7 +2,7 @@
 
     python bench/merge.py                writes results/merge.json and results/merge.md
     python bench/merge.py --small        the pocket checkpoint twice, to see that it runs
-    python bench/merge.py --folder runs  where the files lie meanwhile: 21 GB
+    python bench/merge.py --folder F     where the files lie meanwhile, instead of runs: 21 GB
 
 The first file is generated: every tensor of SDXL with its own shape, fp16, numbers from a pool of
 noise; the second is a copy of it. Beside each other, in turns: `cp a out` and `cat b > /dev/null`,
@@ -36,6 +36,7 @@ from recast.layout import SDXL
 from recast.layout.blueprint import blueprint
 
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path(__file__).parents[1] / "runs" / "bench-merge"
 POOL = 1 << 24
 CHILD = """
 import sys
@@ -119,10 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="the pocket checkpoint twice")
     parser.add_argument("--turns", type=int, default=2, help="of each, cold and warm")
-    parser.add_argument("--folder", type=Path, help="where the files lie meanwhile")
+    parser.add_argument("--folder", type=Path, default=RUNS, help="where the files lie meanwhile")
     given = parser.parse_args()
-    if given.folder:
-        given.folder.mkdir(parents=True, exist_ok=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         files = folder / "a.safetensors", folder / "b.safetensors"
