@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recast.distill.assessor import Assessor, bin_of, heads
+from recast.distill.fit import Memory
 
 BOUND = 64.0  # of T and 1/T
 HALVINGS = 40
@@ -42,8 +43,6 @@ def calibrate(
 
     Patterns have no given label: the assignment is balanced within the bins of these samples.
     """
-    from recast.distill.fit import Memory
-
     k = bin_of(t, assessor.shape.bins)
     found = {}
     for name, probe in heads(assessor):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recast.distill import simplex
-from recast.distill.assessor import Assessor, Probe, bin_of, heads
+from recast.distill.assessor import TAU, Assessor, Probe, bin_of, heads
 from recast.distill.staircase import SHALLOW, staircase
 from recast.errors import NotFinite, Refused
 
@@ -185,8 +185,6 @@ def sinkhorn(logits: Tensor, there: Tensor) -> Tensor:
 
     logits (K, N, P) are in units of 1 / tau; each row of the answer that is there sums to 1.
     """
-    from recast.distill.assessor import TAU
-
     scores = logits * (TAU / EPSILON)
     scores = scores - scores.amax((1, 2), keepdim=True)
     mass = scores.exp() * there[..., None]
