@@ -240,3 +240,25 @@ def test_another_runs_folder_is_refused_unless_forced(
         do(config(home, tmp_path / "run"))
     do(config(home, tmp_path / "run", run={"steps": 1}), force=True)
     assert (tmp_path / "run" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_users_pictures_in_half_precision(precision: str, home: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(2):
+        Image.new("RGB", (48, 40), (40 + 90 * k, 90, 200)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text("an old lamp")
+    out = tmp_path / "run"
+    do(
+        config(
+            home, out, run={"steps": 2, "precision": precision}, target={"kind": "mix"},
+            # at 32 pixels torch's bf16 convolutions of 2 x 2 places give no finite gradient
+            data={"images": str(pictures), "size": 128},
+        )
+    )  # fmt: skip
+    assert all(row["loss"] > 0 for row in rows(out))
+    assert json.loads((out / "good.json").read_text())["error"] <= 1e-5
