@@ -23,7 +23,7 @@ from recast.pocket.world import ATTRIBUTES, OUTLINES, Scene, compose, labels, to
 if TYPE_CHECKING:
     from recast.model import Model
 
-WORD = "hourglass"
+WORD = "sks"  # one token; "hourglass" is two, and every word after it would stand one place on
 NINTH = len(OUTLINES)  # its index as a shape, and as a judge's answer, where IMPOSTOR moves up
 STEPS, BATCH = 200, 64
 
