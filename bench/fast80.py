@@ -7,10 +7,10 @@
 steps of 48 by the recipe as it ships, but for its sizes (64 pixels, no aspect buckets, 48 pictures
 at once). The recipe flips pictures, so none of them is at left or right. The shape's name is one
 rare token, as users choose them: pocket-xl never saw it. Original and result then paint 48 of them
-at the places of the training, none in a scene of it, 16 at left or right, and 48 scenes of the eight
-shapes that pocket-xl knows, from the same noise (25 Euler steps, guidance 3). A judge that was
-taught the ninth shape on drawn pictures reads them (bench/_ninth.py). One thread. Rows that are not
-there were not run.
+at the places of the training, none in a scene of it, 16 at left or right, and 48 scenes of the
+eight shapes that pocket-xl knows, from the same noise (25 Euler steps, guidance 3). A judge that
+was taught the ninth shape on drawn pictures reads them (bench/_ninth.py). One thread. Rows that are
+not there were not run.
 
 "shipped" is the recipe with its published numbers, which are SDXL's. Adam and its kin move each
 number of a factor by about the rate, so that what a layer's answer moves by grows with its inputs:
