@@ -70,3 +70,41 @@ def test_the_digest_is_of_what_the_result_depends_on(tmp_path: Path) -> None:
     kept = load(written(tmp_path, HEAD.replace("runs/x", "runs/y") + TOWARD + "[save]\nkeep = 9\n"))
     other = load(written(tmp_path, HEAD + TOWARD + "[optimizer]\nlr = 2e-4\n"))
     assert one.digest() == kept.digest() != other.digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (HEAD, "times.toward is missing"),
+        (HEAD.replace("pocket-15", "absent.safetensors") + TOWARD, "does not exist"),
+        (HEAD + TOWARD + '[save]\nupload = "hf:nobody"\n', "names no repository"),
+        (HEAD + TOWARD + '[run2]\nmodel = "x"\n', "no key 'run2'"),
+    ],
+)
+def test_the_command_line_says_one_sentence_and_ends_with_two(
+    text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recast.cli import main
+
+    text = text.replace("runs/x", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "--config", str(written(tmp_path, text))])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert why in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_prints_every_key_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recast.cli import main
+
+    text = HEAD.replace("runs/x", str(tmp_path / "out")) + TOWARD
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "--check", "--config", str(written(tmp_path, text))])
+    assert not caught.value.code
+    said = capsys.readouterr().out
+    assert load(written(tmp_path, said)) == load(written(tmp_path, text))
+    assert not (tmp_path / "out").exists()
