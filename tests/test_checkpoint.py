@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from tests.faults import Faults
 
-from recast import opened as reading
 from recast import commit as committing
 from recast import disk
+from recast import opened as reading
 from recast.checkpoint import Checkpoint, write, write_dict
 from recast.errors import NoRoom, RecastError, Refused
 
