@@ -126,10 +126,11 @@ def table(rows: Sequence[Row], weight: float) -> Iterator[str]:
                 f"{each.bca[0] / scale:+.2%} to {each.bca[1] / scale:+.2%}",
                 f"{each.p:.3f}", f"{adjusted[arm.name]:.3f}", f"{each.detectable / scale:.2%}",
             ]  # fmt: skip
-        wide = interval(values) if len(values) > 1 else math.nan
+        wide = interval(values) if len(values) > 1 else 0.0
         cells = [
             arm.kind, ABOUT[arm.kind], str(len(mine)),
-            f"{statistics.fmean(values):.5f} ± {wide:.5f}", *compared, soon(rows, arm, control),
+            f"{statistics.fmean(values):.5f}" + (f" ± {wide:.5f}" if wide else ""),
+            *compared, soon(rows, arm, control),
             f"{mean(mine, 'energy'):.3f}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
@@ -227,10 +228,10 @@ def knows(rows: Sequence[Row]) -> Iterator[str]:
         if probes:
             for key, about in (("e_t", "e_t"), ("kd_bins", "KD")):
                 found = [correlation(flat(row[key]), flat(row["gain"])) for row in probes]
-                wide = interval(found) if len(found) > 1 else math.nan
+                wide = f" ± {interval(found):.2f}" if len(found) > 1 else ""
                 yield (
                     f"- {name}: {about} at half of the run with the gain from three times the "
-                    f"block's weight: {statistics.fmean(found):+.2f} ± {wide:.2f} "
+                    f"block's weight: {statistics.fmean(found):+.2f}{wide} "
                     f"({', '.join(f'{each:+.2f}' for each in found)})."
                 )
             total = [statistics.fmean(flat(row["gain"])) for row in probes]

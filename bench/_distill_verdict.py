@@ -127,6 +127,8 @@ def besides(found: Errors) -> list[str]:
 
 def _word(seen: Paired, more: str, less: str) -> str:
     """The verb of a difference: only one that its interval and p carry."""
+    if len(seen.deltas) < SEEDS:
+        return f"(only {len(seen.deltas)} of {SEEDS} seeds, not decided) {more} or {less}"
     if seen.p >= LEVEL or seen.low <= 0 <= seen.high:
         return f"neither {more} nor {less} detectably"
     return more if seen.mean > 0 else less
