@@ -23,9 +23,9 @@ the text encoders' rate in proportion, and
   a regularisation folder: 160 pictures that the original paints itself, of captions that are not
   judged. They are half of every step's 48, and each counts as much as the number in the arm's name.
 
-"small" is the LoRA of x9-1 after `recast resize` (the best scores that a tenth of its bytes can hold)
-and `recast chop` (without blocks that hold less than a thousandth of the squared change, of which
-there were none), added to the original.
+"small" is the LoRA of x9-1 after `recast resize` (the best scores that a tenth of its bytes can
+hold) and `recast chop` (without blocks that hold less than a thousandth of the squared change, of
+which there were none), added to the original.
 """
 
 from __future__ import annotations
