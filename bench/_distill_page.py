@@ -181,7 +181,8 @@ def deciles(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|" + "---|" * 11
     for name, arm in ARMS.items():
         mine = [row for row in rows if row["arm"] == name and "deciles" in row]
-        control = [row for row in rows if row["arm"] == Arm("A1", arm.weight or 1.0).name]
+        seeds, rival = {row["seed"] for row in mine}, Arm("A1", arm.weight or 1.0).name
+        control = [row for row in rows if row["arm"] == rival and row["seed"] in seeds]
         if not mine or not control or arm.kind == "A1":
             continue
         here, there = (

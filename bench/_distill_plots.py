@@ -38,9 +38,9 @@ def curves(rows: Sequence[Row]) -> Any:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
     for column, weight in enumerate(WEIGHTS):
-        control = mean_curve(rows, Arm("A1", weight).name)
         for arm in ARMS.values():
             seen = mean_curve(rows, arm.name)
+            control = mean_curve(rows, Arm("A1", weight).name, like=arm.name)
             if arm.weight not in (weight, 0.0) or not seen:
                 continue
             style = {"color": COLOURS[arm.kind], "label": f"{arm.kind} {ABOUT[arm.kind]}"}
@@ -58,9 +58,11 @@ def curves(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def mean_curve(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    """(step, mean error over seeds) of an arm."""
-    mine = [row["curve"] for row in rows if row["arm"] == name and "curve" in row]
+def mean_curve(rows: Sequence[Row], name: str, like: str = "") -> list[tuple[float, float]]:
+    """(step, mean error) of an arm over its seeds, or over those that another has `like`wise."""
+    seeds = {row["seed"] for row in rows if row["arm"] == (like or name)}
+    kept = [row for row in rows if row["arm"] == name and row["seed"] in seeds]
+    mine = [row["curve"] for row in kept if "curve" in row]
     return [
         (points[0][0], statistics.fmean(point[1] for point in points))
         for points in zip(*mine, strict=True)
