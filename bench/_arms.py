@@ -37,8 +37,9 @@ BARE = {"steps": 400, "source": "images", "warm": "none"}
 DREAMT = {"steps": 400, "warm": "none"}
 STEPS = {"steps": 400}
 EIGHTH, EQUAL = 34, 274  # steps that cost an eighth of the recipe's forwards, and as many
-BEST = 100  # steps after which the recipe's pictures are best, where a third are marked
-SOON = 17  # steps of batch 8 that cost about an eighth of those
+BEST = (100, 200)  # steps after which the recipe's pictures are best, where a third are marked
+# steps of batch 8 that cost an eighth of 100 of those, with replay and on images alone; and of 200
+SOON, SOON_IMAGES, SHORT_IMAGES = 17, 19, 38
 FIRST = "readout,IN,IN00,IN01"
 
 
@@ -59,13 +60,17 @@ def main_arms() -> dict[str, Arm]:
             default, about=f"the default, {SOON} steps of batch 8", settings=soon
         )
         found[f"{family}/images-soon"] = replace(
-            default, about=f"the default on images alone, {SOON} steps of batch 8",
-            settings=soon | {"source": "images"},
+            default, about=f"the default on images alone, {SOON_IMAGES} steps of batch 8",
+            settings={"steps": SOON_IMAGES, "batch": 8, "source": "images"},
+        )  # fmt: skip
+        found[f"{family}/images-short"] = replace(
+            default, about=f"the default on images alone, {SHORT_IMAGES} steps of batch 8",
+            settings={"steps": SHORT_IMAGES, "batch": 8, "source": "images"},
         )  # fmt: skip
         for steps in (25, 50, 100, 200):
             found[f"{family}/recipe-{steps}"] = replace(
                 recipe, about=f"the published recipe, {steps} steps", settings={"steps": steps},
-                seeds=CLAIMED if steps == BEST else 1,
+                seeds=CLAIMED if steps in BEST else 1,
             )  # fmt: skip
     return found
 

@@ -14,7 +14,7 @@ from _page import STUDENT
 
 Row = dict[str, Any]
 RECIPES = ("recipe-25", "recipe-50", "recipe-100", "recipe-200", "recipe")
-SHORT = ("images-soon", "default-soon", "default-eighth", "default-equal")
+SHORT = ("images-soon", "images-short", "default-soon", "default-eighth", "default-equal")
 RATES = ("everything-0.0002", "everything-0.0005", "everything-0.001")
 DIRECTIONS = {
     "eps to v-zsnr": "v-zsnr",
@@ -84,13 +84,18 @@ def cheaper(arms: Arms) -> str | None:
     if not reached:
         return f"{goal:.2f} dB of {best} not reached by {', '.join(short)}"
     name = min(reached, key=lambda each: arms.mean(each, "forwards"))
-    cost, dear = arms.mean(name, "forwards"), arms.mean("recipe", "forwards")
-    kept = f"{arms.mean(name, 'alignment'):.3f} and {arms.mean(name, 'retention'):.3f}"
+    least = min(short, key=lambda each: arms.mean(each, "forwards"))
+
+    def cost(arm: str) -> str:
+        share = arms.mean(best, "forwards") / arms.mean(arm, "forwards")
+        kept = f"{arms.mean(arm, 'alignment'):.3f} and {arms.mean(arm, 'retention'):.3f}"
+        return f"{arm}: {arms.mean(arm, 'psnr'):.2f} dB for 1/{share:.1f}, concepts {kept}"
+
+    found = [cost(each) for each in dict.fromkeys((least, name))]
     theirs = f"{arms.mean(best, 'alignment'):.3f} and {arms.mean(best, 'retention'):.3f}"
     return (
-        f"{name}: {arms.mean(name, 'psnr'):.2f} dB for 1/{arms.mean(best, 'forwards') / cost:.1f} "
-        f"of {best}'s forwards, 1/{dear / cost:.1f} of the whole recipe's ({best}: {goal:.2f} dB); "
-        f"alignment and retention {kept}, theirs {theirs}"
+        f"{'; '.join(found)} ({best}: {goal:.2f} dB, concepts {theirs}; "
+        f"{len(arms.values(best, 'psnr'))} seeds)"
     )
 
 
