@@ -67,11 +67,12 @@ SCALE = (1280 / 64) ** 0.5  # inputs of a layer at SDXL's middle levels, and of 
 ARMS = {
     "shipped": Arm(),
     "x9-1": Arm(2 * SCALE, prior=1.0),
+    "x9-2": Arm(2 * SCALE, prior=2.0),
     "x9-0.3": Arm(2 * SCALE, prior=0.3),
     "x18-0.5": Arm(4 * SCALE, prior=0.5),
 }
 KEPT = "x9-1"
-RUN = ("shipped/0", "x9-1/0", "x9-1/1", "x9-1/2", "x9-0.3/0", "x18-0.5/0")
+RUN = ("shipped/0", "x9-1/0", "x9-1/1", "x9-1/2", "x9-2/0", "x9-0.3/0", "x18-0.5/0")
 TENTH, WEAK = 0.1, 0.001  # of the bytes; the share of the whole change below which a block goes
 
 
