@@ -62,7 +62,9 @@ def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"demo"}))
 def test_every_verb_has_json(name: str) -> None:
-    assert "--json" in [word for parameter in COMMANDS[name].params for word in parameter.opts]
+    verb = COMMANDS[name]
+    for each in getattr(verb, "commands", {name: verb}).values():
+        assert "--json" in [word for parameter in each.params for word in parameter.opts]
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

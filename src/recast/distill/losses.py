@@ -68,7 +68,8 @@ def target(
     rest = torch.where(heard > 0, 1 - share, 1.0)
     of_teacher = share * heard
     total = of_teacher + rest
-    value = torch.where(heard > 0, (of_teacher * answer + rest * data) / total, data)
+    part = of_teacher / total
+    value = torch.where(heard > 0, part * answer + (1 - part) * data, data)
     return value, total.flatten()
 
 
