@@ -115,7 +115,7 @@ def _needed(model: Checkpoint | Made, key: str) -> Iterator[Checkpoint]:
         yield model
         return
     yield from _needed(model.models[0], key)
-    for other, share in zip(model.models[1:], model.shares, strict=False):
+    for other, share in zip(model.models[1:], model.shares, strict=True):
         if share.get(key):
             yield from _needed(other, key)
 
