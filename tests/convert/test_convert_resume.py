@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,10 @@ class Stop:
                 self.asked = signal.SIGINT
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
 def job(home: Path, out: Path, **train: object) -> Job:
     recipe = small.recipe(home, "flow", steps=STEPS, **train)
     return Job(home / "sdxl.safetensors", out, recipe, images=home / "images", measure=False)
@@ -74,6 +79,26 @@ def test_stopped_after_every_step_it_ends_with_the_same_bytes(
     names += ("initial.safetensors",) if "rank" in HOW[how] else ()
     before = small.contents(tmp_path / "whole", names)
     assert small.contents(tmp_path / "broken", names) == before
+
+
+def test_a_kill_before_older_states_are_pruned_leaves_none_of_them(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = tmp_path / "broken" / "state"
+
+    def killed(doomed: Path) -> None:
+        found = latest(states)
+        if found and found.step == STEPS:
+            raise Killed
+        shutil.rmtree(doomed)
+
+    broken = job(home, tmp_path / "broken", checkpoint_every=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("recast.train.state._remove", killed)
+        small.convert(broken)
+    assert len(list(states.iterdir())) == STEPS
+    small.convert(broken)
+    assert len(list(states.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

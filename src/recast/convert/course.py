@@ -22,6 +22,7 @@ from recast.objective import Objective
 from recast.optim import ONE_RATE, OPTIMIZERS, averaged, build
 from recast.recipe import Recipe
 from recast.train import Ema, Step, latest, load, log_length, plainly, rounding, save
+from recast.train.state import prune
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +98,7 @@ class Course:
         )
 
     def resume(self) -> Iterator[Note]:
-        """Go on from the newest whole state, if there is any."""
+        """Go on from the newest whole state, if there is any, and prune what a kill left."""
         if not (found := latest(self.root / "state")):
             return
         for path in found.damaged:
@@ -110,6 +111,9 @@ class Course:
         self.beside.restore(extra)
         self.watch.restore(extra["watch"])
         self.watch.cut = extra["cut"]
+        if processes.first():
+            # a kill between a state's commit and its pruning; here nothing is about to be added
+            prune(self.root / "state", max(2, self.watch.keep() - 1))
 
     def save(self, step: Step, log: IO[bytes] | None) -> None:
         """Save the state after a step; without a log a process takes part in that only."""
