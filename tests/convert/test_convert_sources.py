@@ -253,3 +253,23 @@ def test_dreams_may_be_of_another_size_than_the_images(home: Path, tmp_path: Pat
     shard = next((mixed.out / "pairs").glob("pairs-*.safetensors"))
     with Checkpoint(shard) as pairs:
         assert {spec.shape[-1] for spec in pairs.specs.values() if len(spec.shape) == 5} == {4}
+
+
+def test_text_encoders_in_training_are_held_to_what_the_original_answered(
+    home: Path, tmp_path: Path
+) -> None:
+    """Batch 0 is replayed: an untrained student repeats the answers, reading the prompts itself."""
+    how = small.recipe(home, "same", steps=2, profile="readout,te1", lr=1e-2)
+    how = override(
+        how, target={"teacher": "data"}, network={"kind": "lora", "dim": 2, "conv_dim": 2},
+        data={"source": "mix", "mix_share": 0.5, "jitter": 0.0},
+    )  # fmt: skip
+    small.convert(replace(job(home, tmp_path, images=True), recipe=how))
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = map(json.loads, lines)
+    assert first["loss"] < 1e-5
+    assert second["loss"] > 1e-2
+    with Checkpoint(tmp_path / "lora.safetensors") as file:
+        ups = [key for key in file if key.startswith("lora_te") and "up" in key]
+        assert ups
+        assert any(file[key].any() for key in ups)

@@ -238,7 +238,8 @@ def from_dreams(
     about = (job.recipe, objective, job.device, model.factor)
     if sources_of(job).dreams == "replay":
         fixed.prepare(model, model, folder, job, objective, None)
-        return Replay(shards, conditions, rows, *about)
+        reads = trains_text(model.layout, job.recipe)
+        return Replay(shards, conditions, rows, *about, reads)
     student = exchange.into(model, checkpoint, job.recipe)
     made, bridge = finished(shards, plan), None
     x0 = made.x0

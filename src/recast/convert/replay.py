@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recast.convert.noising import aimed, drawn, shifted
+from recast.convert.texts import Told
 from recast.dream import Shard
 from recast.objective import FLOW, Objective, retime
 from recast.recipe import Recipe
@@ -27,7 +28,8 @@ class Replay:
     """States and velocities of pictures that the original made, and the prompts they were made of.
 
     `conditions` has a row for every prompt of `rows`; the last one is the empty prompt's, the one
-    before it (ZERO) all zeros.
+    before it (ZERO) all zeros. `reads`: the text encoders are trained, and read the prompts
+    themselves, so that they too are held to what the original answered.
     """
 
     shards: tuple[Shard, ...]
@@ -37,6 +39,7 @@ class Replay:
     objective: Objective
     device: str
     factor: int
+    reads: bool = False
     bridge: None = None
 
     def draws(self, done: int, aware: Aware | None = None) -> Iterator[Draw]:
@@ -93,4 +96,9 @@ class Replay:
         wide = t.view(-1, 1, 1, 1)
         x0, eps = x - wide * u, x + (1 - wide) * u
         time = retime(t, FLOW.path, self.objective.path)
-        return replayed(self.objective, x0, time, eps, self.conditions[row], row)
+        made = replayed(self.objective, x0, time, eps, self.conditions[row], row)
+        if not self.reads:
+            return made
+        prompts = list(self.rows)  # in the order of their rows
+        said = tuple(prompts[k].replace(ZERO, "") for k in row.tolist())
+        return replace(made, condition=Told(said, self.conditions[row]))

@@ -33,7 +33,7 @@ class Told:
 
 
 def check(layout: Layout, job: Job) -> None:
-    """Refuse to train text encoders on anything but the captions of images."""
+    """Refuse to train text encoders without the captions of images."""
     wanted = sources_of(job)
     if not trains_text(layout, job.recipe):
         return
@@ -42,14 +42,15 @@ def check(layout: Layout, job: Job) -> None:
             f"train.profile {job.recipe.train.profile!r} names text encoders, and a conversion's "
             "report is about the UNet alone: leave them out, or take recast train."
         )
-    if wanted.images is None or wanted.dreams is not None:
+    if wanted.images is None or wanted.dreams == "dreams":
         raise Refused(
             "text encoders learn from the captions of images: give --images and set data.source "
-            f"to images, or leave them out of train.profile {job.recipe.train.profile!r}."
+            "to images, or to mix with replay, or leave them out of train.profile "
+            f"{job.recipe.train.profile!r}."
         )
     if job.recipe.target.teacher != "data":
         raise Refused(
-            "text encoders learn from the images alone: set target.teacher to data, or leave them "
+            "text encoders learn what images are of: set target.teacher to data, or leave them "
             f"out of train.profile {job.recipe.train.profile!r}."
         )
 
