@@ -29,7 +29,7 @@ from recast.commit import FULL
 from recast.console import ERR
 from recast.errors import NoRoom, RecastError, Refused
 
-SHARED = ("train", "convert")
+SHARED = ("train", "convert", "distill")
 
 app = typer.Typer(
     name="recast",
@@ -100,8 +100,9 @@ def shared(words: list[str]) -> None:
     verb = next((word for word in words if not word.startswith("-")), "")
     processes.join()
     if verb not in SHARED:
+        listed = f"{', '.join(SHARED[:-1])} and {SHARED[-1]}"
         raise Refused(
-            f"{processes.count()} processes can share {' and '.join(SHARED)}: run recast {verb} "
+            f"{processes.count()} processes can share {listed}: run recast {verb} "
             "without a launcher."
         )
 

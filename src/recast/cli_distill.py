@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from recast import console
+from recast import console, processes
 from recast.cli_common import Device, Force, Json, device_of, model_path
 from recast.show import say, show_file
 
@@ -28,16 +28,20 @@ def distill(
     """Distil a checkpoint into a student of another objective, with proof of every file.
 
     The student is a copy of the original; data are your images or the original's own dreams. The
-    same command resumes, bit for bit. Presets: default, literal, pocket.
+    same command resumes, bit for bit; several processes share it. Presets: default, literal,
+    pocket.
 
     Example: recast distill --config distil.toml
     """
     from recast.distillation.config import dump_toml, load
+    from recast.distillation.sharing import widened
     from recast.distillation.upload import HUB
 
     how = load(config)
     if check:
-        say(f"{dump_toml(how)}\n# sha256 {how.digest()}")
+        how = widened(how)
+        if processes.first():
+            say(f"{dump_toml(how)}\n# sha256 {how.digest()}")
         return
     if how.save.upload.startswith(HUB):
         os.environ["HF_HUB_OFFLINE"] = "0"  # before anything imports the hub's library
@@ -47,6 +51,8 @@ def distill(
     job = Job(how, model_path(how.run.model), device_of(device), force)
     with console.stoppable() as stopped:
         console.follow(run(job, stopped))
+    if not processes.first():
+        return
     facts = {"model": str(job.out / MODEL), **dict(read_json(job.out / REPORT))}
     console.emit(facts) if json else show_file(facts)
 

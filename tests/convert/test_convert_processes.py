@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from tests.convert import child, small
+from tests.convert import small
+from tests.launched import ended, launch, said
 
 from recast.checkpoint import Checkpoint
 from recast.recipe import dump_toml
 from recast.train import latest
-
-
-def part(words: list[str], log: str, env: dict[str, str]) -> None:
-    """Run a command as one process of several."""
-    os.environ.update(env)
-    child.work(words, log)
-
-
-def launch(words: Iterable[object], logs: Path, count: int = 2, **more: str) -> list:
-    """Start a command as `accelerate launch` would, `count` times; `more` is in its environment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(child.PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs.mkdir(parents=True, exist_ok=True)
-    started = []
-    for rank in range(count):
-        env = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        env = {**env, **more} if count > 1 else {}
-        log = logs / f"{rank}.log"
-        process = context.Process(target=part, args=([str(w) for w in words], str(log), env))
-        process.start()
-        started.append(process)
-    return started
-
-
-def ended(started: list, within: float = 240) -> list[int]:
-    """Every process's exit code."""
-    until = time.monotonic() + within
-    for process in started:
-        process.join(max(0.1, until - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-    return [process.exitcode for process in started]
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +55,6 @@ def test_two_processes_are_one_that_accumulates_two(home: Path) -> None:
     assert (home / "logs2" / "1.log").read_text() == ""
 
 
-def said(logs: Path) -> list[str]:
-    """The lines that begin with the program's name, of all processes."""
-    lines = [line for log in sorted(logs.glob("*.log")) for line in log.read_text().splitlines()]
-    return [line for line in lines if line.startswith("recast:")]
-
-
 def test_more_processes_than_images_end_with_one_sentence(home: Path) -> None:
     small.images(home / "single", 1)
     given, out = words(home, home / "few"), home / "few"
@@ -116,7 +70,7 @@ def test_a_verb_that_cannot_be_shared_is_refused_once(home: Path) -> None:
     given = ["dream", home / "sdxl.safetensors", "--out", home / "dreamt"]
     assert ended(launch(given, home / "logs4")) == [2, 2]
     (line,) = said(home / "logs4")
-    assert "share train and convert" in line
+    assert "share train, convert and distill" in line
 
 
 @pytest.mark.slow

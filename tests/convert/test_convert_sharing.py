@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.convert import small
-from tests.convert.test_convert_processes import ended, launch, trained
+from tests.convert.test_convert_processes import trained
+from tests.launched import ended, launch
 from torch import nn
 
 from recast.adapter.attach import _like

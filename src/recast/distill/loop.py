@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,18 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from recast import processes
 from recast.distill.fusion import Fused
 from recast.distill.losses import KDS, LocalHeads, block_term, expressed, target
-from recast.distill.step import USUAL_WEIGHT, BlockWeight, DistilStep, How, Noisy, Tapped
+from recast.distill.step import (
+    USUAL_WEIGHT,
+    BlockWeight,
+    DistilStep,
+    How,
+    Noisy,
+    Tapped,
+    Team,
+)
 from recast.errors import NotFinite
 from recast.objective import retime
 
@@ -40,31 +49,37 @@ Assess = Callable[[Features, Features, Tensor], "AssessorOutput"]
 """(student's features, teacher's, the teacher's times (B,)) -> signals."""
 
 
-@dataclass
-class _Sums:
-    """What the micro-batches of one step come to; `count` of them."""
+@dataclass(frozen=True)
+class _Seen:
+    """What one draw came to: both terms, per sample (B,), per block (nb,), and the blocks' weights.
 
-    count: int
-    flow: float = 0.0
-    blocks: float = 0.0
-    losses: list[Tensor] = field(default_factory=list)
-    times: list[Tensor] = field(default_factory=list)
-    kd: list[Tensor] = field(default_factory=list)
+    `fused` is the step's so far: of the last draw that all processes have weighed by then.
+    """
+
+    flow: float
+    blocks: float
+    losses: Tensor
+    times: Tensor
+    kd: Tensor | None = None
     fused: Fused | None = None
     gradient_ratio: float | None = None
 
-    def told(self, weight: float, **more: Any) -> DistilStep:
-        """The step, with what is known of it besides."""
-        flow, blocks = self.flow / self.count, self.blocks / self.count
-        fused = self.fused or Fused.plain(torch.zeros(0))
-        return DistilStep(
-            loss=flow + weight * blocks, flow=flow, blocks=blocks, block_weight=weight,
-            ratio=weight * blocks / flow if flow else 0.0, losses=torch.cat(self.losses),
-            times=torch.cat(self.times),
-            kd=torch.stack(self.kd).mean(0) if self.kd else torch.zeros(0),
-            values=fused.values.detach(), raw=fused.raw.detach(), spread=fused.spread,
-            saturated=fused.saturated, gradient_ratio=self.gradient_ratio, **more,
-        )  # fmt: skip
+
+def _told(seen: list[_Seen], weight: float, **more: Any) -> DistilStep:
+    """A step of these draws, with what is known of it besides."""
+    flow = sum(each.flow for each in seen) / len(seen)
+    blocks = sum(each.blocks for each in seen) / len(seen)
+    fused = seen[-1].fused or Fused.plain(torch.zeros(0))
+    kd = [each.kd for each in seen if each.kd is not None]
+    return DistilStep(
+        loss=flow + weight * blocks, flow=flow, blocks=blocks, block_weight=weight,
+        ratio=weight * blocks / flow if flow else 0.0,
+        losses=torch.cat([each.losses for each in seen]),
+        times=torch.cat([each.times for each in seen]),
+        kd=torch.stack(kd).mean(0) if kd else torch.zeros(0),
+        values=fused.values.detach(), raw=fused.raw.detach(), spread=fused.spread,
+        saturated=fused.saturated, gradient_ratio=seen[0].gradient_ratio, **more,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,9 @@ class _Both:
     assess: Assess | None
     heads: LocalHeads | None
     autocast: torch.dtype | None
+    team: Team | None
 
-    def terms(self, draw: Noisy, step: int, sums: _Sums, blocks: bool) -> tuple[Tensor, Tensor]:
+    def terms(self, draw: Noisy, step: int, blocks: bool) -> tuple[Tensor, Tensor, _Seen]:
         """The flow term and the block term (without its weight) of one draw, in float32."""
         answer, output, theirs = self.answers(draw, blocks)
         how = self.how
@@ -89,12 +105,11 @@ class _Both:
         )  # fmt: skip
         each = (output - value.float()).square().flatten(1).mean(1)
         flow = (each * counts if draw.weight is None else each * counts * draw.weight).mean()
-        term = self.block_term(draw, theirs, step, sums) if blocks else torch.zeros_like(flow)
-        sums.flow += flow.item()
-        sums.blocks += term.item()
-        sums.losses.append(each.detach().cpu())
-        sums.times.append(draw.t.detach().cpu())
-        return flow, term
+        term, kd, fused = torch.zeros_like(flow), None, None
+        if blocks:
+            term, kd, fused = self.block_term(draw, theirs, step)
+        told = (each.detach().cpu(), draw.t.detach().cpu(), kd, fused)
+        return flow, term, _Seen(flow.item(), term.item(), *told)
 
     def answers(self, draw: Noisy, blocks: bool) -> tuple[Tensor, Tensor, Features]:
         """The teacher's answer in the student's objective, the student's, the teacher's blocks."""
@@ -110,22 +125,37 @@ class _Both:
             output = self.student.bind(draw.condition)(draw.x, draw.t).float()
         return answer, output, theirs
 
-    def block_term(self, draw: Noisy, theirs: Features, step: int, sums: _Sums) -> Tensor:
-        """L_blocks of one draw: distances, signals, weights."""
+    def block_term(self, draw: Noisy, theirs: Features, step: int) -> tuple[Tensor, Tensor, Fused]:
+        """L_blocks of one draw: distances, signals, weights; and the last two of these."""
         how, mine = self.how, self.student.tap.taken()
         kd = KDS[how.kd](mine, theirs)
         source, objective = self.teacher.objective, self.student.objective
         clock = retime(draw.t, objective.path, source.path).clamp(max=1)
         signals = self.assess(mine, theirs, clock) if self.assess else None
-        weighed = self.weigher(step, signals, kd)
-        sums.fused = weighed if isinstance(weighed, Fused) else Fused.plain(weighed)
+        own, last = self.weighed(step, signals, kd)
         local = None
         if self.heads is not None and how.local_weight:
             local = self.heads(mine, objective.target(draw.x0, draw.eps, draw.t))
-        sums.kd.append(kd.detach().mean(0).cpu())
-        return block_term(
-            sums.fused.values, kd, local, kd_weight=how.kd_weight, local_weight=how.local_weight
+        term = block_term(
+            own.values, kd, local, kd_weight=how.kd_weight, local_weight=how.local_weight
         )
+        return term, kd.detach().mean(0).cpu(), last
+
+    def weighed(self, step: int, signals: AssessorOutput | None, kd: Tensor) -> tuple[Fused, Fused]:
+        """The weights of this draw's blocks, and of the last draw that was weighed.
+
+        A weigher may remember what it saw: every process shows it everybody's draws, in order.
+        """
+        if self.team is None:
+            found = [self.weigher(step, signals, kd)]
+            place = 0
+        else:
+            place = processes.rank()
+            told = self.team.woven([(signals and signals.cpu(), kd.detach().cpu())])
+            told[place] = (signals, kd)
+            found = [self.weigher(step, *each) for each in told]
+        fused = [each if isinstance(each, Fused) else Fused.plain(each) for each in found]
+        return fused[place], fused[-1]
 
 
 def distil(
@@ -147,16 +177,18 @@ def distil(
     skipped: int = 0,
     autocast: torch.dtype | None = None,
     scaler: GradScaler | None = None,
+    team: Team | None = None,
 ) -> Iterator[DistilStep]:
     """Train what the optimizer holds, `accumulate` draws to a step, until draws run out.
 
     The teacher's parameters must be frozen. A block weight of 0 taps and weighs nothing. To resume,
     pass `done`, `skipped`, the block weight with its state, and draws that go on. Every
     `gradients_every` steps (0: never) both terms' gradients are taken apart, which costs a backward
-    pass. Raises NotFinite at the third step in a row that is not finite.
+    pass. A `team` of processes takes `accumulate` draws each, and the same step on all of them
+    together. Raises NotFinite at the third step in a row that is not finite.
     """
     weight = block_weight if isinstance(block_weight, BlockWeight) else BlockWeight(block_weight)
-    both = _Both(student, teacher, how or How(), weigher, assess, heads, autocast)
+    both = _Both(student, teacher, how or How(), weigher, assess, heads, autocast, team)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     remaining = iter(draws)
     with student.tap, teacher.tap:
@@ -165,11 +197,11 @@ def distil(
             lr = _set_rate(optimizer, schedule(done) if schedule else 1.0)
             optimizer.zero_grad(set_to_none=True)
             apart = bool(gradients_every) and done % gradients_every == 0
-            sums = _gradients(both, micro, done, weight.now, parameters, apart, scaler)
+            seen = _gradients(both, micro, done, weight.now, parameters, apart, scaler)
             scale = _unscale(scaler, optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
             done += 1
-            told = sums.told(weight.now, step=done, grad_norm=norm, lr=lr, skipped=0, seconds=0.0)
+            told = _told(seen, weight.now, step=done, grad_norm=norm, lr=lr, skipped=0, seconds=0.0)
             finite = math.isfinite(told.loss) and math.isfinite(norm)
             overflows = math.isfinite(told.loss) and not finite and scale > 1
             skipped = 0 if finite else skipped + (not overflows)
@@ -188,16 +220,25 @@ def distil(
 def _gradients(
     both: _Both, micro: list[Noisy], step: int, weight: float, parameters: list[Tensor],
     apart: bool, scaler: GradScaler | None,
-) -> _Sums:  # fmt: skip
-    """Add up the gradients of one step's draws."""
-    sums = _Sums(len(micro))
+) -> list[_Seen]:  # fmt: skip
+    """Add up the gradients of one step's draws, in their order; returns what all came to."""
+    found: list[_Seen] = []
+    team = both.team
+    count = len(micro) * (team.count if team else 1)
     for draw in micro:
-        flow, blocks = both.terms(draw, step, sums, bool(weight))
-        if apart and sums.gradient_ratio is None:
-            sums.gradient_ratio = gradient_ratio(flow, weight * blocks, parameters)
-        loss = (flow + weight * blocks) / len(micro)
+        flow, blocks, seen = both.terms(draw, step, bool(weight))
+        if apart and not found and processes.first():
+            ratio = gradient_ratio(flow, weight * blocks, parameters)
+            seen = replace(seen, gradient_ratio=ratio)
+        loss = (flow + weight * blocks) / count
         (scaler.scale(loss) if scaler else loss).backward()
-    return sums
+        if team:
+            team.take([p for p in parameters if p.grad is not None])
+        found.append(seen)
+    if team is None:
+        return found
+    team.give(parameters)
+    return team.woven(found)
 
 
 def gradient_ratio(flow: Tensor, blocks: Tensor, parameters: list[Tensor]) -> float:

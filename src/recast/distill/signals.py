@@ -40,6 +40,12 @@ class AssessorOutput:
     coh: Tensor
     active: Tensor
 
+    def cpu(self) -> AssessorOutput:
+        """The same on the CPU."""
+        return AssessorOutput(
+            self.blocks, self.e_t.cpu(), self.e_p.cpu(), self.coh.cpu(), self.active.cpu()
+        )
+
 
 @torch.no_grad()
 def assess(

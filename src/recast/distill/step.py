@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,16 @@ class Tap(Protocol):
     def __enter__(self) -> Any: ...
     def __exit__(self, *exception: Any) -> Any: ...
     def taken(self) -> dict[str, Tensor]: ...
+
+
+class Team(Protocol):
+    """Processes that take a step together; see recast.train.team."""
+
+    @property
+    def count(self) -> int: ...
+    def take(self, parameters: Iterable[Tensor]) -> None: ...
+    def give(self, parameters: Iterable[Tensor]) -> None: ...
+    def woven(self, mine: list[Any]) -> list[Any]: ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ The same command goes on at the first thing missing; see `folder` for what lies 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from recast.distillation.guidance import Guide
     from recast.distillation.material import Material
     from recast.distillation.networks import Pair
+    from recast.model import Model
 
 __all__ = ["Config", "Job", "Stopped", "run"]
 
@@ -50,13 +51,15 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
     Raises Refused for bad input before anything is written, NotFinite when training is lost,
     CheckFailed when a file is not the student, NotSent when an upload fails, Stopped on a signal.
     """
-    from recast.distillation import judging, upload
-    from recast.distillation.material import gather
-    from recast.distillation.networks import open_original, pair
+    from recast.distillation import judging, sharing, upload
     from recast.layout import open_checkpoint
 
-    if processes.several():
-        raise Refused("several processes cannot share a distillation: start recast distill alone.")
+    processes.join()
+    job = replace(job, config=sharing.widened(job.config))
+    stopped = processes.passed_on(stopped)
+    if not processes.first():
+        yield from sharing.assist(job, stopped)
+        return
     config = job.config
     with open_checkpoint(job.model) as checkpoint:
         identity = checked(checkpoint, job)
@@ -65,16 +68,27 @@ def run(job: Job, stopped: Callable[[], int] = lambda: 0) -> Iterator[Event]:
             yield Note(f"Config {config.digest()}: {job.out / 'config.toml'} holds every key.")
             for line in upload.unfinished(job.out):
                 yield Note(line)
-            model = open_original(checkpoint, config, job.device)
-            material = yield from gather(model, config, job.out, stopped)
-            with pair(model, config, blocks(config)) as both:
-                yield from trained(job, both, material, identity, stopped)
+            model = yield from learned(job, checkpoint, identity, stopped)
             figures = yield from judging.judged(model, config, job.out)
             write_json(job.out / REPORT, {**judging.summary(job.out), **figures})
             if config.save.upload:
                 yield from upload.upload(
                     job.out, job.out / MODEL, config.save.upload, config.save.tries
                 )
+
+
+def learned(
+    job: Job, checkpoint: Checkpoint, identity: Identity, stopped: Callable[[], int]
+) -> Generator[Event, None, Model]:
+    """Make the material and train on it, or find that done; returns the original."""
+    from recast.distillation.material import gather
+    from recast.distillation.networks import open_original, pair
+
+    model = open_original(checkpoint, job.config, job.device)
+    material = yield from gather(model, job.config, job.out, stopped)
+    with pair(model, job.config, blocks(job.config)) as both:
+        yield from trained(job, both, material, identity, stopped)
+    return model
 
 
 def trained(
@@ -89,6 +103,8 @@ def trained(
     digest = digest_of(identity)
     times = yield from times_of(job, both, guide, material, digest)
     yield Note(f"Learning {both.objective.name} ({config.target.kind}), {told(guide)}.")
+    if processes.first():
+        processes.reached("start")
     course = Course.begun(both, config, job.out, digest, guide)
     yield from learn(course, material, times, stopped)
 
@@ -119,7 +135,7 @@ def times_of(
 
 def checked(checkpoint: Checkpoint, job: Job) -> Identity:
     """Check everything that can be, writing nothing; returns what names the run."""
-    from recast.distillation import upload
+    from recast.distillation import sharing, upload
     from recast.distillation.material import found_images, images_digest, plan_of
     from recast.layout import detect
     from recast.layout.names import PART_NAMES
@@ -137,11 +153,13 @@ def checked(checkpoint: Checkpoint, job: Job) -> Identity:
     if config.data.images:
         if not Path(config.data.images).exists():
             raise Refused(f"data.images {config.data.images} does not exist: check the path.")
-        if not found_images(config).examples:
+        found = found_images(config).examples
+        if not found:
             raise Refused(
                 f"{config.data.images} has no picture, so there is no latent source: give images, "
                 "or leave data.images empty and let the teacher dream."
             )
+        sharing.enough(len(found), "images")
     elif not plan_of(config, checkpoint).prompts:
         raise Refused("there is no prompt, so there is no latent source: give data.prompts.")
     if config.save.upload:
@@ -149,7 +167,7 @@ def checked(checkpoint: Checkpoint, job: Job) -> Identity:
     layout.sites(config.student.profile)
     assessor = sha_of(config.blocks.assessor, "blocks.assessor")
     identity = Identity(checkpoint.sha256(), assessor, images_digest(config), config.digest())
-    check_folder(job.out, identity, job.force)
+    check_folder(job.out, identity, dump_toml(config), job.force)
     return identity
 
 

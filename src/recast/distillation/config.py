@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from recast.distillation.folder import BESIDE
 from recast.errors import Refused
 from recast.recipe.sections import Amount, Count, Line, Names, Positive, Rate, Seed, Share, Whole
 
@@ -164,7 +165,7 @@ class Config(_Section):
 
     def digest(self) -> str:
         """16 hex digits of what the result depends on: all but the folder and what is kept."""
-        values = self.model_dump(exclude={"about", "preset", "save", "evaluate"})
+        values = self.model_dump(exclude=set(BESIDE))
         values["run"].pop("out")
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ MODEL, REPORT = "model.safetensors", "report.json"
 OWN_FILES = (
     IDENTITY, CONFIG, LOG, MODEL, REPORT, "good.json", "uploads.json", "profile.safetensors",
 )  # fmt: skip
+BESIDE = ("about", "preset", "save", "evaluate")  # of a config: not part of what a run learns
+SHOWN = 3  # keys named in a refusal
 OWN_FOLDERS = ("state", "models", "pairs", "cache")
 
 
@@ -48,8 +51,8 @@ class Identity:
         return dict(self.__dict__)
 
 
-def check(out: Path, identity: Identity, force: bool) -> bool:
-    """Whether the folder is this run's already; writes nothing.
+def check(out: Path, identity: Identity, config: str, force: bool) -> bool:
+    """Whether the folder is this run's already; writes nothing. `config` is the resolved TOML.
 
     Raises Refused where it is another run's, or where a file is in the way that no run wrote.
     """
@@ -63,8 +66,11 @@ def check(out: Path, identity: Identity, force: bool) -> bool:
     if theirs is not None:
         ours = identity.as_json()
         differs = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
+        told = f"{', '.join(differs)} differ"
+        if differs == ["config"]:
+            told = differing(out / CONFIG, config) or told
         raise Refused(
-            f"{out} holds another run ({', '.join(differs)} differ): name another run.out, or give "
+            f"{out} holds another run ({told}): name another run.out, or give "
             "--force to start this one anew."
         )
     for name in (*OWN_FILES, *OWN_FOLDERS):
@@ -76,9 +82,37 @@ def check(out: Path, identity: Identity, force: bool) -> bool:
     return False
 
 
+def differing(path: Path, config: str) -> str:
+    """The keys in which a folder's config and this run's differ, in words; "" if none can be told.
+
+    What the result does not depend on is left out.
+    """
+    try:
+        theirs, ours = (_keys(text) for text in (path.read_text(encoding="utf-8"), config))
+    except (OSError, ValueError):
+        return ""
+    differ = [
+        f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
+        for key in ours
+        if theirs.get(key) != ours[key]
+    ]
+    more = f", and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+    return ", ".join(differ[:SHOWN]) + more
+
+
+def _keys(text: str) -> dict[str, object]:
+    sections = {name: each for name, each in tomllib.loads(text).items() if name not in BESIDE}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.items()
+        if (name, key) != ("run", "out")
+    }
+
+
 def claim(out: Path, identity: Identity, config: str, force: bool) -> bool:
     """Make the folder this run's; returns whether it was already. Refuses as `check`."""
-    ours = check(out, identity, force)
+    ours = check(out, identity, config, force)
     if not ours:
         clear(out)
         write_json(out / IDENTITY, identity.as_json())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from recast import processes
 from recast.commit import require_room
 from recast.distill.losses import check_forward
 from recast.distill.sampler import TimeSampler
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from recast.model import Model
     from recast.text.encode import Condition
 
-CHECKED = 4  # draws whose slope is looked at
+CHECKED = 4  # numbers of draws whose slope is looked at
 AT_ONCE = 32  # prompts that the text encoders take together
 
 
@@ -74,8 +75,8 @@ def draws(
     material: Material, config: Config, objective: Objective, times: TimeSampler, device: str,
     first: int = 0,
 ) -> Iterator[Draw]:  # fmt: skip
-    """The run's draws from number `first` on, the data contract checked on the first few."""
-    for number in count(first):
+    """This process's draws from number `first` on, the data contract checked on the first few."""
+    for number in filter(processes.mine, count(first)):
         made = draw(material, config, objective, times, device, number)
         if number - first < CHECKED:
             check_forward(made.x, made.x0, made.eps, made.t, path=objective.path)
@@ -122,7 +123,8 @@ def gather(
     if config.data.images:
         return (yield from from_images(model, config, out, stopped))
     plan = plan_of(config, model.checkpoint)
-    yield from dream(model, out / "pairs", plan, stopped=stopped)
+    if processes.first():
+        yield from dream(model, out / "pairs", plan, stopped=stopped)
     if signal := stopped():
         raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
     shards = read_shards(out / "pairs", plan, model.checkpoint.sha256())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from recast import processes
 from recast.distill.fusion import MUCH, Fused, warned
 from recast.distill.loop import distil
 from recast.distill.losses import LocalHeads
@@ -23,10 +24,11 @@ from recast.distillation.folder import LOG, Stopped
 from recast.distillation.guidance import Guide
 from recast.distillation.material import Material, draw, draws
 from recast.distillation.networks import Pair, share_of
+from recast.distillation.sharing import met, saved
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import EPS
 from recast.optim import build
-from recast.train import append, latest, load, log_length, open_log, save, schedule_of
+from recast.train import append, latest, load, log_length, open_log, save, schedule_of, team
 from recast.train.state import prune
 
 DECILES = 10
@@ -120,6 +122,9 @@ def learn(
     """
     config, total = course.config, course.config.run.steps
     yield from course.resume()
+    if not processes.first():
+        along(course, material, times, stopped)
+        return
     yield from settle(course, material, times)
     yield Stage("distil", total, "steps", course.done)
     if course.done >= total:
@@ -129,18 +134,35 @@ def learn(
             append(log, record(step, course))
             yield Tick(step.step, step.loss)
             yield from remarks(step)
-            signal, last = stopped(), step.step == total
+            last = step.step == total
+            signal = 0 if last else met(stopped())
             due = step.step % config.save.every == 0 and not step.skipped
             if due or last or signal:
                 course.save(step, log)
             if due or last:
                 yield from settle(course, material, times, step.step)
-            if signal and not last:
-                raise Stopped(
-                    signal, f"stopped after step {step.step}; the same command goes on there."
-                )
+            if signal:
+                saved()
+                raise halted(signal, step)
             if last:
                 return
+
+
+def along(
+    course: Course, material: Material, times: TimeSampler, stopped: Callable[[], int]
+) -> None:
+    """Take the steps that the first process takes, until it stops; writes nothing."""
+    total = course.config.run.steps
+    for step in steps(course, material, times) if course.done < total else ():
+        if step.step == total:
+            return
+        if signal := met(stopped()):
+            saved()
+            raise halted(signal, step)
+
+
+def halted(signal: int, step: DistilStep) -> Stopped:
+    return Stopped(signal, f"stopped after step {step.step}; the same command goes on there.")
 
 
 def steps(course: Course, material: Material, times: TimeSampler) -> Iterator[DistilStep]:
@@ -159,7 +181,7 @@ def steps(course: Course, material: Material, times: TimeSampler) -> Iterator[Di
         how=parts_of(config),
         assess=guide.assess if guide.assessor is not None else None,
         heads=course.heads,
-        accumulate=config.run.accumulate,
+        accumulate=config.run.accumulate // processes.count(),
         clip=how.clip,
         schedule=schedule_of(how.schedule, config.run.steps, rise=how.warmup),
         gradients_every=config.blocks.gradients_every,
@@ -167,6 +189,7 @@ def steps(course: Course, material: Material, times: TimeSampler) -> Iterator[Di
         skipped=course.skipped,
         autocast=pair.model.dtype if half else None,
         scaler=course.scaler,
+        team=team(),
     )
 
 

@@ -1,0 +1,110 @@
+"""Several processes distil one student: two of them on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.distillation.test_distil_run import assessor
+from tests.distillation.tiny_distil import config, rows
+from tests.launched import ended, launch, said
+
+from recast.checkpoint import Checkpoint
+from recast.train import latest
+
+
+def start(home: Path, out: Path, count: int, accumulate: int, logs: str, **more: Any) -> list:
+    """Start a distillation by so many processes, from a file beside its folder.
+
+    Everything that remembers what it saw is in use: fusion, block weight, profile, local heads.
+    """
+    made = home / "assessor.safetensors"
+    if not made.exists():
+        assessor(home, made, bins=2)
+    config(
+        home, out, run={"accumulate": accumulate, "steps": 4},
+        blocks={
+            "assessor": str(made), "local_weight": 0.5, "weight": "auto", "auto_warmup": 2,
+            "gradients_every": 3,
+        },
+        times={"sampler": "assessor", "threshold": 0.0}, save={"every": 1}, **more,
+    )  # fmt: skip
+    words = ["distill", "--config", out.with_suffix(".toml"), "--device", "cpu"]
+    return launch(words, out.parent / logs, count)
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by one process that accumulates two draws."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert ended(start(home, out, 1, 2, "logs")) == [0]
+    return out
+
+
+def same(one: Path, other: Path) -> None:
+    """Two runs learned the same, said the same, and hold the same state, to the bit."""
+    assert rows(one) == rows(other)
+    with (
+        Checkpoint(one / "model.safetensors") as a,
+        Checkpoint(other / "model.safetensors") as b,
+    ):
+        assert all(a.raw(key) == b.raw(key) for key in a.specs)
+        assert a.specs == b.specs
+    for name in ("parameters.safetensors", "optimizer.safetensors"):
+        theirs, mine = (latest(out / "state").path / name for out in (one, other))
+        assert theirs.read_bytes() == mine.read_bytes()
+
+
+def started(out: Path) -> None:
+    """Wait until a run has saved a state."""
+    until = time.monotonic() + 200
+    while not latest(out / "state") and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_that_accumulates_two(
+    alone: Path, home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert ended(start(home, out, 2, 1, "logs")) == [0, 0]
+    same(alone, out)
+    assert max(rows(out)[-1]["spread"].values()) > 0
+    assert (tmp_path / "logs" / "1.log").read_text() == ""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_and_one_alone_goes_on(
+    alone: Path, home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    both = start(home, out, 2, 1, "logs")
+    started(out)
+    os.kill(both[1].pid, signal.SIGKILL)
+    assert ended(both) == [1, -signal.SIGKILL]
+    (line,) = said(tmp_path / "logs")
+    assert "another process of this run has ended" in line
+    assert not (out / "model.safetensors").exists()
+    assert ended(start(home, out, 1, 2, "again")) == [0]
+    same(alone, out)
+    # three draws a step are another run
+    assert ended(start(home, out, 1, 3, "other")) == [2]
+    (line,) = said(tmp_path / "other")
+    assert "run.accumulate was 2 and is 3" in line
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_and_both_go_on(alone: Path, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    both = start(home, out, 2, 1, "logs")
+    started(out)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert ended(both) == [143, 143]
+    (line,) = said(tmp_path / "logs")
+    assert "stopped after step" in line
+    assert ended(start(home, out, 2, 1, "again")) == [0, 0]
+    same(alone, out)
