@@ -31,7 +31,7 @@ def start(home: Path, out: Path, count: int, accumulate: int, logs: str, **more:
             "assessor": str(made), "local_weight": 0.5, "weight": "auto", "auto_warmup": 2,
             "gradients_every": 3,
         },
-        times={"sampler": "assessor", "threshold": 0.0}, save={"every": 1}, **more,
+        times={"sampler": "assessor", "threshold": 0.0, "profile": 4}, save={"every": 2}, **more,
     )  # fmt: skip
     words = ["distill", "--config", out.with_suffix(".toml"), "--device", "cpu"]
     return launch(words, out.parent / logs, count)
@@ -67,14 +67,20 @@ def started(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_that_accumulates_two(
+def test_two_processes_that_a_signal_stops_are_one_that_accumulates_two(
     alone: Path, home: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    assert ended(start(home, out, 2, 1, "logs")) == [0, 0]
+    both = start(home, out, 2, 1, "logs")
+    started(out)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert ended(both) == [143, 143]
+    (line,) = said(tmp_path / "logs")
+    assert "stopped after step" in line
+    assert ended(start(home, out, 2, 1, "again")) == [0, 0]
     same(alone, out)
     assert max(rows(out)[-1]["spread"].values()) > 0
-    assert (tmp_path / "logs" / "1.log").read_text() == ""
+    assert (tmp_path / "again" / "1.log").read_text() == ""
 
 
 @pytest.mark.slow
@@ -95,16 +101,3 @@ def test_a_process_that_is_killed_ends_the_other_and_one_alone_goes_on(
     assert ended(start(home, out, 1, 3, "other")) == [2]
     (line,) = said(tmp_path / "other")
     assert "run.accumulate was 2 and is 3" in line
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_stops_both_and_both_go_on(alone: Path, home: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    both = start(home, out, 2, 1, "logs")
-    started(out)
-    os.kill(both[1].pid, signal.SIGTERM)
-    assert ended(both) == [143, 143]
-    (line,) = said(tmp_path / "logs")
-    assert "stopped after step" in line
-    assert ended(start(home, out, 2, 1, "again")) == [0, 0]
-    same(alone, out)
