@@ -173,7 +173,7 @@ def test_dreams_of_another_plan_lie_apart(
         places.append(folder)
         yield Note("")
 
-    monkeypatch.setattr(latents, "dream", dreamt)
+    monkeypatch.setattr("recast.distillation.dreams.dream", dreamt)
     model = opened(done)
     for pictures in (10, 11):
         how = replace(HOW, pictures=pictures)

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from recast.assessing.settings import Settings
-from recast.dream import Plan, dream, read_shards
+from recast.dream import Plan
 from recast.errors import Refused
 from recast.events import Event, Stage, Tick
 from recast.wishes import prompts_for
@@ -100,24 +98,17 @@ def parts_of(count: int, seed: int) -> dict[str, list[int]]:
 def _dreams(
     model: Model, prompts: Path | None, settings: Settings, out: Path, stopped: Callable[[], int]
 ) -> Generator[Event, None, Mapping[str, Material] | None]:
-    from recast.distillation.material import Dreams, encoded, latents_of
+    from recast.distillation.dreams import dreamt
+    from recast.distillation.folder import Stopped
 
-    plan, sha256 = plan_of(model, prompts, settings), model.checkpoint.sha256()
-    folder = out / "pairs" / plan.digest(sha256)
-    yield from dream(model, folder, plan, stopped=stopped)
-    if stopped():
+    plan = plan_of(model, prompts, settings)
+    folder = out / "pairs" / plan.digest(model.checkpoint.sha256())
+    try:
+        found = yield from dreamt(model, folder, plan, settings.dropout, stopped)
+    except Stopped:
         return None
-    shards = read_shards(folder, plan, sha256)
-    texts = [text for shard in shards for text in shard.prompts]
-    known = [*dict.fromkeys(text for text in texts if text), ""]
-    rows = {text: row for row, text in enumerate(known)}
-    row = torch.tensor([rows[text] for text in texts])
-    conditions = encoded(model, known, plan.size)
-    x0 = latents_of(shards, plan.guidance)
-    return {
-        part: Dreams(x0[index], row[index], conditions, settings.dropout)
-        for part, index in parts_of(len(x0), settings.seed).items()
-    }
+    parts = parts_of(len(found.pictures), settings.seed)
+    return {part: found.some(index) for part, index in parts.items()}
 
 
 def _images(

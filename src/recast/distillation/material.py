@@ -6,7 +6,7 @@ There are no latents made of noise: without pictures and without prompts there i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -20,8 +20,9 @@ from recast.commit import require_room
 from recast.distill.losses import check_forward
 from recast.distill.sampler import TimeSampler
 from recast.distillation.config import Config, Data
+from recast.distillation.dreams import dreamt
 from recast.distillation.folder import Stopped
-from recast.dream import Plan, Shard, dream, read_shards
+from recast.dream import Plan
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.objective import Objective
 from recast.train import Draw, noised, seeded
@@ -33,30 +34,12 @@ if TYPE_CHECKING:
     from recast.text.encode import Condition
 
 CHECKED = 4  # numbers of draws whose slope is looked at
-AT_ONCE = 32  # prompts that the text encoders take together
 
 
 class Material(Protocol):
     """Latents x0 (B, C, h, w) and their condition, batch by batch; `seed` names the order."""
 
     def batch(self, number: int, size: int, seed: int) -> tuple[Tensor, Condition]: ...
-
-
-@dataclass(frozen=True)
-class Dreams:
-    """Latents (N, C, h, w) of dreamt pictures; `row` names each one's condition, the last is ""."""
-
-    x0: Tensor
-    row: Tensor
-    conditions: Condition
-    dropout: float
-
-    def batch(self, number: int, size: int, seed: int) -> tuple[Tensor, Condition]:
-        generator = seeded(seed, "pictures", number)
-        index = torch.randint(len(self.x0), (size,), generator=generator)
-        gone = torch.rand(size, generator=generator) < self.dropout
-        row = torch.where(gone, len(self.conditions) - 1, self.row[index])
-        return self.x0[index].float(), self.conditions[row]
 
 
 @dataclass(frozen=True)
@@ -123,39 +106,7 @@ def gather(
     if config.data.images:
         return (yield from from_images(model, config, out, stopped))
     plan = plan_of(config, model.checkpoint)
-    if processes.first():
-        yield from dream(model, out / "pairs", plan, stopped=stopped)
-    if signal := stopped():
-        raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
-    shards = read_shards(out / "pairs", plan, model.checkpoint.sha256())
-    prompts = [text for shard in shards for text in shard.prompts]
-    known = [*dict.fromkeys(text for text in prompts if text), ""]
-    rows = {prompt: row for row, prompt in enumerate(known)}
-    row = torch.tensor([rows[prompt] for prompt in prompts])
-    conditions = encoded(model, known, plan.size)
-    return Dreams(latents_of(shards, plan.guidance), row, conditions, config.data.caption_dropout)
-
-
-def latents_of(shards: Sequence[Shard], guidance: float) -> Tensor:
-    """What each dreamt picture ended as, x - t u under the guidance it was dreamt with."""
-    found = []
-    for shard in shards:
-        u, u_null = shard.u[-1].float(), shard.u_null[-1].float()
-        found.append(shard.x[-1].float() - shard.t[-1] * (u_null + guidance * (u - u_null)))
-    return torch.cat(found)
-
-
-def encoded(model: Model, prompts: Sequence[str], size: int | None) -> Condition:
-    """Conditions of prompts, on the CPU, encoded in small groups."""
-    from recast.text.encode import cat
-
-    with torch.no_grad():
-        return cat(
-            [
-                model.condition(prompts[k : k + AT_ONCE], size=size).to("cpu")
-                for k in range(0, len(prompts), AT_ONCE)
-            ]
-        )
+    return (yield from dreamt(model, out / "pairs", plan, config.data.caption_dropout, stopped))
 
 
 def from_images(
