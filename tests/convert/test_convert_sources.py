@@ -15,6 +15,7 @@ from tests.convert.test_convert_resume import Stop
 
 from recast import grammar
 from recast.checkpoint import Checkpoint
+from recast.commit import lock
 from recast.convert import Job
 from recast.convert.checks import check_room
 from recast.convert.folder import Stopped
@@ -109,6 +110,27 @@ def test_dreams_are_noised_as_images_are(home: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(data, eps - first.x0)
     net = from_teacher(lambda condition: lambda x, t: 0 * x, FLOW, FLOW)
     assert not net(first).value.equal(data)
+
+
+def test_only_the_first_process_dreams(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others read: three processes of one run do not find the dreams in each other's use."""
+    from recast.convert.folder import Folder
+    from recast.convert.material import gather
+    from recast.objective import FLOW
+
+    def gathered() -> None:
+        with Checkpoint(home / "sd15.safetensors") as file:
+            asked = job(home, tmp_path, source="replay", pictures=2)
+            for _ in gather(file, Folder(tmp_path, "x", {}), asked, "eps", FLOW, lambda: 0):
+                pass
+
+    gathered()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    with lock(tmp_path / "pairs"):
+        gathered()
 
 
 def test_captions_and_the_grammar_are_dreamt_of(home: Path, tmp_path: Path) -> None:

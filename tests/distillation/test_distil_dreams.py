@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recast.commit import lock
 from recast.distillation.dreams import AT_ONCE, Dreams, Kept, dreamt
 from recast.distillation.folder import Stopped
 from recast.dream import Plan, read_shards
@@ -123,6 +124,15 @@ def test_encoding_stops_between_groups_and_goes_on(model: Model, tmp_path: Path)
         finished(dreamt(model, tmp_path, PLAN, DROPOUT, lambda: 15))
     assert len(list((tmp_path / "texts").glob("*/*.safetensors"))) == AT_ONCE
     assert not list(tmp_path.glob("pairs-*"))
+
+
+def test_only_the_first_process_dreams(
+    model: Model, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    with lock(pairs):
+        finished(dreamt(model, pairs, PLAN, DROPOUT, lambda: 0))
 
 
 def test_the_last_value_is_kept_even_if_it_is_too_large() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from recast import processes
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room
 from recast.convert import exchange
@@ -227,7 +228,8 @@ def from_dreams(
     plan = dream_plan(job, checkpoint, objective.name)
     model = opened(checkpoint, job, source)
     if job.pairs is None:
-        yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
+        if processes.first():
+            yield from dream(model, folder.path("pairs"), plan, stopped=stopped)
         if signal := stopped():
             raise Stopped(signal, "stopped while dreaming; the same command goes on there.")
     else:
