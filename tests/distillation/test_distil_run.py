@@ -130,7 +130,7 @@ def test_a_file_that_is_the_base_is_refused_and_the_one_before_stays(
 
     def of_base(pair: Pair, *rest: object) -> object:
         layout, base = pair.model.layout, pair.model.checkpoint
-        return real(replace(pair, dense=lambda: files.dense_of(base, layout)), *rest)
+        return real(replace(pair, dense=lambda: files.unet_of(base, layout)), *rest)
 
     monkeypatch.setattr(files, "checkpoint", of_base)
     with pytest.raises(CheckFailed, match="equal the base's"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from recast.checkpoint import Checkpoint, write
 from recast.distillation.config import Config, dump_toml
 from recast.distillation.folder import MODEL, read_json, write_json
-from recast.distillation.networks import Pair
+from recast.distillation.networks import Lazy, Pair, unet_of
 from recast.errors import CheckFailed
 from recast.layout import keymap, to_file
 from recast.layout.names import ROOTS, UNET, VAE
@@ -26,6 +26,7 @@ from recast.objective import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from recast.layout import Layout
+    from recast.layout.keymap import Entry
     from recast.train import Draw
 
 TOLERANCE = 1e-5  # of the largest number of the answer
@@ -73,36 +74,50 @@ def write_student(
 ) -> str:  # fmt: skip
     """Stream a file of the parts wanted, each tensor in the base's precision; returns its sha256.
 
-    Every tensor of the UNet comes from `unet`, one to one; the others are the base's bytes.
+    Every tensor of the UNet comes from `unet`, one to one and one at a time; the others are the
+    base's bytes.
     """
     wanted = parts_of(layout, config)
     part = {entry.key: entry.part for entry in keymap(layout)}
+    made = in_file(unet, layout)
     keys = [key for key in strip(base.specs) if (part.get(key) or home_of(key, config)) in wanted]
     marks = marker_specs(objective.name)
     specs = {**marks, **{k: (base.specs[k].dtype, base.specs[k].shape) for k in keys}}
-    mine = {key: "unet" for key in keys if part.get(key) == "unet"}
     header = {
         **base.metadata, **about, "recast.role": "checkpoint", COMPONENTS: ",".join(wanted),
         "recast.base_sha256": base.sha256(), "recast.distil": dump_toml(config),
     }  # fmt: skip
-    made = dict(to_file(keymap(layout), {"unet": unet}))
-    if made.keys() != mine.keys():
-        odd = sorted(made.keys() ^ mine.keys())
-        raise CheckFailed(f"the student and {base.path} differ in {len(odd)} names, first {odd[0]}")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from ((key, torch.zeros(shape)) for key, (_, shape) in marks.items())
         for key in keys:
-            if key not in mine:
+            if key not in made:
                 yield key, base[key]
                 continue
-            value = made.pop(key).to(base.specs[key].torch_dtype).reshape(base.specs[key].shape)
+            value = made[key].to(base.specs[key].torch_dtype).reshape(base.specs[key].shape)
             if not value.isfinite().all():
                 raise CheckFailed(f"{key} leaves the range of {value.dtype}: train more gently")
             yield key, value
 
     path.parent.mkdir(parents=True, exist_ok=True)
     return write(path, specs, tensors(), stamp(header, objective.name), force=True)
+
+
+def in_file(unet: Mapping[str, Tensor], layout: Layout) -> Mapping[str, Tensor]:
+    """A UNet's tensors by the names of a file; raises CheckFailed unless there is one for each."""
+    entries: dict[str, list[Entry]] = {}
+    for entry in keymap(layout):
+        if entry.part == "unet":
+            entries.setdefault(entry.key, []).append(entry)
+    named = {entry.param for group in entries.values() for entry in group}
+    if odd := sorted(named ^ set(unet)):
+        raise CheckFailed(f"the student and its file differ in {len(odd)} names, first {odd[0]}")
+
+    def read(key: str) -> Tensor:
+        ((_, tensor),) = to_file(tuple(entries[key]), {"unet": unet})
+        return tensor
+
+    return Lazy(tuple(entries), read)
 
 
 def home_of(key: str, config: Config) -> str:
@@ -147,7 +162,7 @@ def prove(
                 f"{path}: all {unet} tensors of the UNet equal the base's, so nothing was learned "
                 "or nothing was saved; raise optimizer.lr or run.steps"
             )
-        there = answer_of(pair, dense_of(file, layout), given)
+        there = answer_of(pair, unet_of(file, layout), given)
         tensors, size = len(file), file.nbytes
     exact, inside = answer_of(pair, dense, given), answer_of(pair, rounded(pair, dense), given)
     with torch.no_grad():
@@ -175,14 +190,7 @@ def differing(base: Checkpoint, file: Checkpoint, layout: Layout) -> tuple[int, 
     return sum(base.raw(key) != file.raw(key) for key in keys), len(keys)
 
 
-def dense_of(file: Checkpoint, layout: Layout) -> dict[str, Tensor]:
-    """A file's UNet, fp32, parameter by name."""
-    from recast.layout import from_file
-
-    return {name: each.float() for name, each in from_file(keymap(layout), file, "unet")}
-
-
-def rounded(pair: Pair, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rounded(pair: Pair, dense: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The student as its file's precision has it."""
     base = pair.model.checkpoint
     kinds = {
@@ -190,12 +198,15 @@ def rounded(pair: Pair, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for e in keymap(pair.model.layout)
         if e.part == "unet"
     }
-    return {name: each.to(kinds[name]).float() for name, each in dense.items()}
+    return Lazy(tuple(dense), lambda name: dense[name].to(kinds[name]).float())
 
 
 @torch.no_grad()
 def answer_of(pair: Pair, dense: Mapping[str, Tensor], given: tuple[Tensor, Tensor, Any]) -> Tensor:
-    """What a UNet of these parameters, in fp32, answers to (x, t, condition); on the CPU."""
+    """What a UNet of these parameters, in fp32, answers to (x, t, condition); on the CPU.
+
+    The network is gone again once it has answered: beside what is trained there is one at most.
+    """
     from dataclasses import replace
 
     from recast.model.load import build, fill

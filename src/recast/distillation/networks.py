@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from recast.objective import OBJECTIVES, Net, Objective
 if TYPE_CHECKING:
     from recast.adapter import Adapter, Attached
     from recast.checkpoint import Checkpoint
-    from recast.layout import Site
+    from recast.layout import Layout, Site
     from recast.model import Model
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,7 @@ class Pair:
     """Both networks as the loop uses them; `parameters` are the student's that are trained.
 
     `model` is the original, whose text encoders and VAE serve both; `learner` has the student's
-    UNet in its place. `dense` copies the student's UNet, parameter by name, fp32 on the CPU. `tap`
+    UNet in its place. `dense` is the student's UNet as it is now, fp32 on the CPU. `tap`
     is the teacher's.
     """
 
@@ -47,7 +47,7 @@ class Pair:
     teacher: Tapped
     student: Tapped
     parameters: dict[str, nn.Parameter]
-    dense: Callable[[], dict[str, Tensor]]
+    dense: Callable[[], Mapping[str, Tensor]]
     tap: FeatureTap
 
     @property
@@ -120,9 +120,9 @@ def whole(model: Model, config: Config, blocks: tuple[str, ...] | None) -> Pair:
         parameter.requires_grad_(True)
     learner = replace(model, parts={"unet": unet}, dtype=torch.float32)
 
-    def dense() -> dict[str, Tensor]:
+    def dense() -> Mapping[str, Tensor]:
         state = unet.state_dict()
-        return {name: value.detach().float().cpu().clone() for name, value in state.items()}
+        return Lazy(tuple(state), lambda name: state[name].detach().float().cpu())
 
     teacher, tap = tapped(model, model.objective, config, blocks)
     student, _ = tapped(learner, objective, config, blocks)
@@ -165,19 +165,51 @@ def adapted(
     )  # fmt: skip
 
 
-def merged(model: Model, attached: Attached) -> dict[str, Tensor]:
+def merged(model: Model, attached: Attached) -> Mapping[str, Tensor]:
     """The original's UNet with the adapter added, fp32 on the CPU."""
     from recast.adapter.places import entry_name
+
+    base = unet_of(model.checkpoint, model.layout)
+    trained = attached.trained().entries
+    names = {site.name: entry_name(site) for site in model.layout.sites("unet")}
+
+    def read(name: str) -> Tensor:
+        entry = trained.get(names.get(name, ""))
+        found = base[name]
+        return found if entry is None else found + entry.dense().reshape(found.shape)
+
+    return Lazy(tuple(base), read)
+
+
+def unet_of(checkpoint: Checkpoint, layout: Layout) -> Mapping[str, Tensor]:
+    """A file's UNet, fp32 on the CPU."""
     from recast.layout import from_file, keymap
 
-    entries = keymap(model.layout)
-    found = {name: tensor.float() for name, tensor in from_file(entries, model.checkpoint, "unet")}
-    trained = attached.trained().entries
-    for site in model.layout.sites("unet"):
-        if entry_name(site) in trained:
-            change = trained[entry_name(site)].dense()
-            found[site.name] = found[site.name] + change.reshape(found[site.name].shape)
-    return found
+    entries = {entry.param: entry for entry in keymap(layout) if entry.part == "unet"}
+
+    def read(name: str) -> Tensor:
+        (found,) = from_file((entries[name],), checkpoint, "unet")
+        return found[1].float()
+
+    return Lazy(tuple(entries), read)
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for."""
+
+    def __init__(self, names: tuple[str, ...], read: Callable[[str], Tensor]) -> None:
+        self.names, self.read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def lora(model: Model, config: Config) -> tuple[Adapter, list[Site]]:
