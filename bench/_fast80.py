@@ -45,23 +45,36 @@ def ninths() -> tuple[list[Scene], list[Scene], list[Scene]]:
     return near[:IMAGES], near[IMAGES:][:NEW], aside[:ASIDE]
 
 
+def free_captions() -> list[str]:
+    """Captions that the original knows, others than those that are judged."""
+    from recast.pocket.world import caption as said
+    from recast.pocket.world import scenes as known
+
+    judged = known_scenes()
+    free = [scene for scene in known(held=False) if scene not in judged]
+    return [said(scene) for scene in random.Random(11).sample(free, PRIOR)]
+
+
+def said_by(runs: Path) -> Path:
+    """Those captions as a file of prompts."""
+    file = runs / "known.txt"
+    file.write_text("\n".join(free_captions()) + "\n", encoding="utf-8")
+    return file
+
+
 def prior_pictures(runs: Path) -> None:
-    """Paint what the original makes of captions it knows, others than those that are judged."""
+    """Paint what the original makes of captions that it knows."""
     from PIL import Image
 
     from recast import pocket
     from recast.model import open_model
-    from recast.pocket.world import caption as said
-    from recast.pocket.world import scenes as known
     from recast.pocket.world import to_bytes
 
     folder, partial = runs / "prior", runs / f"prior-{os.getpid()}"
     if folder.exists():
         return
     partial.mkdir(parents=True)
-    judged = known_scenes()
-    free = [scene for scene in known(held=False) if scene not in judged]
-    prompts = [said(scene) for scene in random.Random(11).sample(free, PRIOR)]
+    prompts = free_captions()
     made = painted(open_model(pocket.path("pocket-xl")), prompts, first=1000)
     for k, (prompt, pixels) in enumerate(zip(prompts, to_bytes(made), strict=True)):
         Image.fromarray(pixels.numpy()).save(partial / f"{k:04d}.png")

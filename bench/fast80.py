@@ -15,17 +15,20 @@ not there were not run.
 "shipped" is the recipe with its published numbers, which are SDXL's. Adam and its kin move each
 number of a factor by about the rate, so that what a layer's answer moves by grows with its inputs:
 1280 at SDXL's middle levels, 64 here. The change of a product of two factors is as large at
-sqrt(1280 / 64) = 4.5 times the rate. The other arms have twice that ("x9") or four times ("x18"),
-the text encoders' rate in proportion, and
+sqrt(1280 / 64) = 4.5 times the rate. The other arms have twice that ("x9"), three times ("x13") or
+four times ("x18"), the text encoders' rate in proportion, no multi-resolution noise (on latents of
+8 x 8 its layers are as wide as a shape, and what was trained with it painted grounds without their
+colour, docs/log.md), and what the model knew is held in one of two ways:
 
-  no multi-resolution noise: on latents of 8 x 8 its layers are as wide as a shape, and what was
-  trained with it painted grounds without their colour (docs/log.md);
-  a regularisation folder: 160 pictures that the original paints itself, of captions that are not
-  judged. They are half of every step's 48, and each counts as much as the number in the arm's name.
+  x..-replay24   24 of a step's 48 are replayed (of "replay16" 16): states and answers that the
+  original met while it painted 160 captions that are not judged (data.source = "mix");
+  x9-1           a regularisation folder: 160 pictures that the original paints itself, of the same
+  captions. They are half of every step's 48, and each counts as much as the number in the arm's
+  name. It is the usual way, with the noise of data in its targets.
 
-"small" is the LoRA of x9-1 after `recast resize` (the best scores that a tenth of its bytes can
-hold) and `recast chop` (without blocks that hold less than a thousandth of the squared change, of
-which there were none), added to the original.
+"small" is the LoRA of x13-replay24 after `recast resize` (the best scores that a tenth of its bytes
+can hold) and `recast chop` (without blocks that hold less than a thousandth of the squared change:
+four in seed 1, none in the others), added to the original.
 """
 
 from __future__ import annotations
@@ -43,7 +46,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from _fast80 import FOLDERS, NEW, OLD, known_scenes, ninths, painted, prior_pictures
+from _fast80 import (
+    FOLDERS,
+    NEW,
+    OLD,
+    PRIOR,
+    known_scenes,
+    ninths,
+    painted,
+    prior_pictures,
+    said_by,
+)
 from _ninth import caption, draw, fit, shares, through, widened, write_folder
 
 if TYPE_CHECKING:
@@ -57,12 +70,14 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Arm:
-    """What differs from the recipe: its rate's factor, and what each own picture counts."""
+    """The rate's factor, what each own picture counts, and how many of a step's 48 are replayed."""
 
     factor: float = 1.0
     prior: float = 0.0
+    replay: int = 0
 
 
+BATCH = 48  # of a step of the recipe
 SCALE = (1280 / 64) ** 0.5  # inputs of a layer at SDXL's middle levels, and of pocket-xl's
 ARMS = {
     "shipped": Arm(),
@@ -70,9 +85,16 @@ ARMS = {
     "x9-2": Arm(2 * SCALE, prior=2.0),
     "x9-0.3": Arm(2 * SCALE, prior=0.3),
     "x18-0.5": Arm(4 * SCALE, prior=0.5),
+    "x9-replay24": Arm(2 * SCALE, replay=24),
+    "x9-replay16": Arm(2 * SCALE, replay=16),
+    "x13-replay24": Arm(3 * SCALE, replay=24),
 }
-KEPT = "x9-1"
-RUN = ("shipped/0", "x9-1/0", "x9-1/1", "x9-1/2", "x9-2/0", "x9-0.3/0", "x18-0.5/0")
+KEPT = "x13-replay24"
+RUN = (
+    "shipped/0", *(f"x13-replay24/{seed}" for seed in range(3)),
+    *(f"x9-replay24/{seed}" for seed in range(3)), *(f"x9-replay16/{seed}" for seed in range(3)),
+    *(f"x9-1/{seed}" for seed in range(3)), "x9-2/0", "x9-0.3/0", "x18-0.5/0",
+)  # fmt: skip
 TENTH, WEAK = 0.1, 0.001  # of the bytes; the share of the whole change below which a block goes
 
 
@@ -156,16 +178,22 @@ def train(out: Path, seed: int, arm: Arm) -> None:
         (RUNS / f"{images.name}.toml").write_text(FOLDERS.format(images.name), encoding="utf-8")
         images = RUNS / f"{images.name}.toml"
     recipe = load("fast-80")
-    how = recipe.train
+    how, calls = recipe.train, BATCH // (arm.replay or BATCH)
+    data: dict[str, Any] = {"size": 64}
+    if arm.replay:
+        data |= {
+            "source": "mix", "mix_share": 1 - arm.replay / BATCH, "pictures": PRIOR,
+            "prompts": str(said_by(RUNS)),
+        }  # fmt: skip
     recipe = override(
         recipe,
         train={
             "seed": seed, "lr": how.lr * arm.factor, "precision": "fp32", "recompute": False,
-            "batch": how.batch * how.accumulate, "accumulate": 1,
+            "batch": BATCH // calls, "accumulate": calls,
         },
-        data={"size": 64}, images={"enable_bucket": False, "prior_loss_weight": arm.prior or None},
+        data=data, images={"enable_bucket": False, "prior_loss_weight": arm.prior or None},
         network={"merge": True},
-        noise={"multires": 0 if arm.prior else None},
+        noise={"multires": 0 if arm.prior or arm.replay else None},
         watch={"previews_every": 0}, save={"every": 0},
     )  # fmt: skip
     for _ in run(Job(pocket.path("pocket-xl"), out, recipe, images=images, measure=False)):
