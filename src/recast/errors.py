@@ -34,6 +34,14 @@ class NotFinite(Diverged):
     """Steps or weights stopped being finite; the state last saved is the one to go back to."""
 
 
+class Stopped(RecastError):
+    """The user's signal ended a run; what is done is saved, and the same command goes on there."""
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.code = 128 + signal
+
+
 class NoRoom(RecastError):
     """The disk or a device's memory is too small; what existed before still does."""
 

@@ -16,9 +16,8 @@ from tests.convert.test_convert_resume import Stop
 from recast.adapter import read_adapter, rebuild
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
-from recast.convert.folder import Stopped
 from recast.convert.start import clock
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.events import Note
 from recast.markers import read_objective
 from recast.model import open_model

@@ -14,7 +14,7 @@ from tests.model import turns
 
 from recast.convert import Job, run
 from recast.convert.fixed import FIXED, PREVIEWS
-from recast.convert.folder import Stopped
+from recast.errors import Stopped
 from recast.evaluate.report import load_report
 from recast.events import Event, Note
 from recast.recipe import Recipe, override

@@ -30,7 +30,7 @@ from recast.adapter import (
 from recast.adapter.decompose import decompose, zeros_full
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
-from recast.convert.folder import Folder, Stopped
+from recast.convert.folder import Folder
 from recast.convert.groups import groups
 from recast.convert.networks import kind_of, lora, put_in, shaken, sites_of, text_end
 from recast.convert.proceed import check as check_start
@@ -38,7 +38,7 @@ from recast.convert.proceed import proceed
 from recast.convert.start import Start
 from recast.convert.texts import Told, current, now
 from recast.convert.training import learn, student
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.layout import detect
 from recast.model import Model, open_model
 from recast.objective import OBJECTIVES

@@ -18,7 +18,7 @@ from recast.adapter import read_adapter, rebuild
 from recast.adapter.patch import FAR, combined, patch_from
 from recast.checkpoint import Checkpoint, write_dict
 from recast.convert import Job
-from recast.convert.folder import Stopped
+from recast.errors import Stopped
 from recast.lowrank import LowRank
 from recast.markers import read_objective
 

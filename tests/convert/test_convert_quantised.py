@@ -14,7 +14,7 @@ from recast import quantise
 from recast.adapter import read_adapter, rebuild
 from recast.checkpoint import Checkpoint
 from recast.convert import Job
-from recast.convert.folder import Stopped
+from recast.errors import Stopped
 from recast.layout import detect
 from recast.recipe import override
 

@@ -14,8 +14,7 @@ from tests.convert import command, small
 from recast import convert
 from recast.commit import lock
 from recast.convert import Job, run
-from recast.convert.folder import Stopped
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.events import Stage, Tick
 from recast.recipe import override
 from recast.train import append, latest
@@ -93,9 +92,10 @@ def test_a_kill_before_older_states_are_pruned_leaves_none_of_them(
         shutil.rmtree(doomed)
 
     broken = job(home, tmp_path / "broken", checkpoint_every=1)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr("recast.train.state._remove", killed)
-        small.convert(broken)
+        with pytest.raises(Killed):
+            small.convert(broken)
     assert len(list(states.iterdir())) == STEPS
     small.convert(broken)
     assert len(list(states.iterdir())) == 2

@@ -17,10 +17,9 @@ from torch import Tensor
 from recast.adapter import Adapter, attach
 from recast.adapter.decompose import decompose, zeros_full
 from recast.convert import course, running, training
-from recast.convert.folder import Stopped
 from recast.convert.running import check, recompute
 from recast.convert.training import learn, loss_of, student
-from recast.errors import NoRoom, NotFinite, Refused
+from recast.errors import NoRoom, NotFinite, Refused, Stopped
 from recast.events import Event, Note, Stage
 from recast.model import Model, open_model
 from recast.objective import OBJECTIVES

@@ -18,12 +18,11 @@ from recast.checkpoint import Checkpoint
 from recast.commit import lock
 from recast.convert import Job
 from recast.convert.checks import check_room
-from recast.convert.folder import Stopped
 from recast.convert.material import Mixed, training_captions
 from recast.convert.selfmade import Selfmade
 from recast.convert.sources import check, dream_plan, sources_of
 from recast.dream import shard_path
-from recast.errors import NoRoom, Refused
+from recast.errors import NoRoom, Refused, Stopped
 from recast.layout import detect
 from recast.recipe import override
 from recast.train import from_data, from_teacher

@@ -14,10 +14,9 @@ from tests.convert.test_convert_resume import Stop
 from recast.checkpoint import Checkpoint
 from recast.convert import Job, run
 from recast.convert.fixed import FIXED, PREVIEWS, hold_out
-from recast.convert.folder import Stopped
 from recast.convert.watch import scalars, told
 from recast.data.dataset import Made
-from recast.errors import Diverged, Refused
+from recast.errors import Diverged, Refused, Stopped
 from recast.evaluate.report import load_report
 from recast.evaluate.validation import Reading
 from recast.events import Event, Measured, Note, Stage

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from recast.commit import lock
 from recast.distillation.dreams import AT_ONCE, Dreams, Kept, dreamt
-from recast.distillation.folder import Stopped
 from recast.dream import Plan, read_shards
+from recast.errors import Stopped
 from recast.model import Model, open_model
 from recast.text.encode import Condition, cat
 from recast.train import seeded

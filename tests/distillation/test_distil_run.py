@@ -15,9 +15,9 @@ from recast.checkpoint import Checkpoint
 from recast.distill.assessor import Assessor, Shape
 from recast.distill.store import write_assessor
 from recast.distill.taps import FeatureTap
-from recast.distillation import Stopped, files
+from recast.distillation import files
 from recast.distillation.networks import Pair
-from recast.errors import CheckFailed, Refused
+from recast.errors import CheckFailed, Refused, Stopped
 from recast.model import open_model
 
 DREAMING = 2  # times that the dreams ask whether to stop

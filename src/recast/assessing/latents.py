@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from recast.assessing.settings import Settings
 from recast.dream import Plan
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.events import Event, Stage, Tick
 from recast.wishes import prompts_for
 
@@ -99,7 +99,6 @@ def _dreams(
     model: Model, prompts: Path | None, settings: Settings, out: Path, stopped: Callable[[], int]
 ) -> Generator[Event, None, Mapping[str, Material] | None]:
     from recast.distillation.dreams import dreamt
-    from recast.distillation.folder import Stopped
 
     plan = plan_of(model, prompts, settings)
     folder = out / "pairs" / plan.digest(model.checkpoint.sha256())

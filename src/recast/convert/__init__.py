@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from recast import processes
 from recast.checkpoint import Checkpoint
 from recast.commit import commit, lock
-from recast.convert.folder import Folder, Stopped, check_claim, claim
+from recast.convert.folder import Folder, check_claim, claim
+from recast.errors import Stopped
 from recast.events import Event, Note
 from recast.layout import detect, open_checkpoint
 from recast.recipe import Recipe, dump_toml, load, override

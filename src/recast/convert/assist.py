@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from recast import processes
 from recast.convert import sharing
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.events import Event
 from recast.recipe import Recipe, override
 
@@ -90,7 +90,6 @@ def along(
 
     Where weights are shared out, whatever it computes or saves takes everybody's.
     """
-    from recast.convert.folder import Stopped
     from recast.convert.moving import Moving
 
     watch, moving = course.watch, Moving.of(attached, model.layout, course.recipe)

@@ -49,14 +49,6 @@ class Folder:
         return {DIGEST_KEY: self.digest}
 
 
-class Stopped(RecastError):
-    """The user's signal ended the run after a step; its state is saved."""
-
-    def __init__(self, signal: int, text: str) -> None:
-        super().__init__(text)
-        self.code = 128 + signal
-
-
 def flatten(identity: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{"train": {"steps": 4}} -> {"train.steps": 4}, for naming what differs."""
     flat: dict[str, object] = {}

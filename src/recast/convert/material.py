@@ -17,7 +17,7 @@ from recast.checkpoint import Checkpoint
 from recast.commit import require_room
 from recast.convert import exchange
 from recast.convert.bridge import Bridge, crossed
-from recast.convert.folder import Folder, Stopped
+from recast.convert.folder import Folder
 from recast.convert.found import examples_of, found_in
 from recast.convert.networks import trains_text
 from recast.convert.noising import draw, drawn, remarks
@@ -28,6 +28,7 @@ from recast.convert.sources import dream_plan, skips_broken, sources_of
 from recast.convert.texts import Told
 from recast.data.ahead import Ahead
 from recast.dream import Shard, dream, read_shards
+from recast.errors import Stopped
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.objective import Objective
 from recast.recipe import Recipe

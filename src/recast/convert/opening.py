@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recast.checkpoint import Checkpoint
-from recast.convert.folder import Stopped
 from recast.convert.training import precision
-from recast.errors import Refused
+from recast.errors import Refused, Stopped
 from recast.events import Event, Stage, Tick
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from recast.convert import saving, sharing
 from recast.convert.assist import along, meet
 from recast.convert.budget import settled
 from recast.convert.course import Course
-from recast.convert.folder import Stopped
 from recast.convert.losses import loss_of
 from recast.convert.moving import Moving, write_picture
 from recast.convert.networks import shaken
@@ -23,7 +22,7 @@ from recast.convert.running import running, told
 from recast.convert.speed import Speed
 from recast.convert.texts import current
 from recast.convert.trunk import Trunk, shared
-from recast.errors import NotFinite
+from recast.errors import NotFinite, Stopped
 from recast.events import Event, Note, Stage, Tick
 from recast.model import usual_dtype
 from recast.objective import Net, Objective

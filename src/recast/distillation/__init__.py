@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from recast import processes
 from recast.commit import lock
 from recast.distillation.config import Config, dump_toml
-from recast.distillation.folder import MODEL, REPORT, Identity, Stopped, claim, write_json
+from recast.distillation.folder import MODEL, REPORT, Identity, claim, write_json
 from recast.distillation.folder import check as check_folder
 from recast.errors import Refused
 from recast.events import Event, Note
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from recast.distillation.networks import Pair
     from recast.model import Model
 
-__all__ = ["Config", "Job", "Stopped", "run"]
+__all__ = ["Config", "Job", "run"]
 
 
 @dataclass(frozen=True)

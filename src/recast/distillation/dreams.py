@@ -25,8 +25,9 @@ from recast import processes
 from recast.checkpoint import Checkpoint
 from recast.commit import require_room
 from recast.data.cache import Tensors, fetch
-from recast.distillation.folder import Stopped, read_json, write_json
+from recast.distillation.folder import read_json, write_json
 from recast.dream import Plan, dream, shard_path, shards
+from recast.errors import Stopped
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.train import seeded
 

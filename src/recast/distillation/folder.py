@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recast.commit import commit
-from recast.errors import RecastError, Refused
+from recast.errors import Refused
 
 IDENTITY, CONFIG, LOG = "run.json", "config.toml", "log.jsonl"
 MODEL, REPORT = "model.safetensors", "report.json"
@@ -28,14 +28,6 @@ OWN_FILES = (
 BESIDE = ("about", "preset", "save", "evaluate")  # of a config: not part of what a run learns
 SHOWN = 3  # keys named in a refusal
 OWN_FOLDERS = ("state", "models", "pairs", "cache")
-
-
-class Stopped(RecastError):
-    """The user's signal ended the run after a step; its state is saved."""
-
-    def __init__(self, signal: int, text: str) -> None:
-        super().__init__(text)
-        self.code = 128 + signal
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from recast.distill.losses import check_forward
 from recast.distill.sampler import TimeSampler
 from recast.distillation.config import Config, Data
 from recast.distillation.dreams import dreamt
-from recast.distillation.folder import Stopped
 from recast.dream import Plan
+from recast.errors import Stopped
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.objective import Objective
 from recast.train import Draw, noised, seeded

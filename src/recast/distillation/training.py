@@ -20,11 +20,12 @@ from recast.distill.step import BlockWeight, DistilStep, How
 from recast.distill.taps import FeatureTap
 from recast.distillation import files
 from recast.distillation.config import Config
-from recast.distillation.folder import LOG, Stopped
+from recast.distillation.folder import LOG
 from recast.distillation.guidance import Guide
 from recast.distillation.material import Material, draw, draws
 from recast.distillation.networks import Pair, share_of
 from recast.distillation.sharing import met, saved
+from recast.errors import Stopped
 from recast.events import Event, Note, Stage, Tick
 from recast.objective import EPS
 from recast.optim import build
