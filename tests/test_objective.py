@@ -17,7 +17,9 @@ from recast.objective import (
     V,
     carry,
     express,
+    levels,
     retime,
+    slopes,
     start,
 )
 
@@ -203,3 +205,20 @@ def test_half_precision_is_computed_in_single(objective):
     x = objective.noise(x0, eps, torch.tensor(0.5))
     assert x.dtype == torch.float32
     assert objective.split(x.half(), x.half(), t)[0].dtype == torch.float32
+
+
+@ALL
+def test_slopes_tell_how_much_of_data_and_noise_a_sample_holds(objective: Objective) -> None:
+    x0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.1, 0.5, 0.8])
+    x = objective.noise(x0, eps, t)
+    found = slopes(objective.path, x, x0, eps, t)
+    assert found == pytest.approx({"data": 1, "noise": 1}, abs=1e-6)
+    _, sigma = levels(objective.path, t, x)
+    louder = slopes(objective.path, x + 0.5 * sigma * eps, x0, eps, t)
+    assert louder == pytest.approx({"data": 1, "noise": 1.5}, abs=1e-6)
+
+
+def test_slopes_leave_out_what_is_absent() -> None:
+    x0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert slopes(Linear(), eps, x0, eps, torch.ones(3)) == pytest.approx({"noise": 1})

@@ -112,6 +112,11 @@ class Shard:
     u_null: Tensor
     zeroed: tuple[bool, ...] = ()
 
+    def latents(self, guidance: float) -> Tensor:
+        """What the pictures ended as under the guidance they were dreamt with: x - t u."""
+        u, u_null = self.u[-1].float(), self.u_null[-1].float()
+        return self.x[-1].float() - self.t[-1] * (u_null + guidance * (u - u_null))
+
 
 def dream(
     model: Model, folder: Path, plan: Plan, *, stopped: Callable[[], int] = lambda: 0
@@ -257,11 +262,17 @@ def read_shards(folder: Path, plan: Plan, model_sha256: str) -> list[Shard]:
     found: list[Shard] = []
     count = 0
     for path, texts in shards(folder, plan, model_sha256):
-        with Checkpoint(path) as file:
-            t, x, u, u_null = (file[key] for key in ("t", "x", "u", "u_null"))
-        found.append(Shard(texts, t, x, u, u_null, plan.zeroed(count, len(texts))))
+        found.append(read_shard(path, plan.zeroed(count, len(texts))))
         count += len(texts)
     return found
+
+
+def read_shard(path: Path, zeroed: tuple[bool, ...] = ()) -> Shard:
+    """One shard, in memory."""
+    with Checkpoint(path) as file:
+        texts = tuple(json.loads(file.metadata["recast.prompts"]))
+        t, x, u, u_null = (file[key] for key in ("t", "x", "u", "u_null"))
+    return Shard(texts, t, x, u, u_null, zeroed)
 
 
 def shards(folder: Path, plan: Plan, model_sha256: str) -> Iterator[tuple[Path, tuple[str, ...]]]:

@@ -195,6 +195,21 @@ def levels(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return alpha.to(dtype).reshape(shape), sigma.to(dtype).reshape(shape)
 
 
+def slopes(path: Path, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> dict[str, float]:
+    """How much of its "data" alpha x0 and its "noise" sigma eps is in x, regressed together.
+
+    1 and 1 where x was noised along the path. Samples wholly at one end have the other's only.
+    """
+    alpha, sigma = levels(path, t, x0.double())
+    parts = [(alpha * x0.double()).flatten(), (sigma * eps.double()).flatten()]
+    columns = torch.stack(parts, 1)
+    gram, moments = columns.T @ columns, columns.T @ x.double().flatten()
+    present = gram.diagonal() > 1e-12 * gram.diagonal().max()
+    found = torch.linalg.solve(gram[present][:, present], moments[present])
+    names = [n for n, p in zip(("data", "noise"), present.tolist(), strict=True) if p]
+    return dict(zip(names, found.tolist(), strict=True))
+
+
 def start(path: Path, eps: Tensor, t: float = 1.0) -> Tensor:
     """The sample to begin with: noise at the strength of t and no data.
 

@@ -59,11 +59,16 @@ def same(one: Path, other: Path) -> None:
         assert theirs.read_bytes() == mine.read_bytes()
 
 
-def started(out: Path) -> None:
-    """Wait until a run has saved a state."""
+def struck(home: Path, out: Path, number: int) -> tuple[list[int], str]:
+    """Two processes, the second sent a signal once a state is saved: exit codes, what is said."""
+    both = start(home, out, 2, 1, "logs")
     until = time.monotonic() + 200
     while not latest(out / "state") and time.monotonic() < until:
         time.sleep(0.02)
+    os.kill(both[1].pid, number)
+    codes = ended(both)
+    (line,) = said(out.parent / "logs")
+    return codes, line
 
 
 @pytest.mark.slow
@@ -71,11 +76,8 @@ def test_two_processes_that_a_signal_stops_are_one_that_accumulates_two(
     alone: Path, home: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    both = start(home, out, 2, 1, "logs")
-    started(out)
-    os.kill(both[1].pid, signal.SIGTERM)
-    assert ended(both) == [143, 143]
-    (line,) = said(tmp_path / "logs")
+    codes, line = struck(home, out, signal.SIGTERM)
+    assert codes == [143, 143]
     assert "stopped after step" in line
     assert ended(start(home, out, 2, 1, "again")) == [0, 0]
     same(alone, out)
@@ -88,11 +90,8 @@ def test_a_process_that_is_killed_ends_the_other_and_one_alone_goes_on(
     alone: Path, home: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    both = start(home, out, 2, 1, "logs")
-    started(out)
-    os.kill(both[1].pid, signal.SIGKILL)
-    assert ended(both) == [1, -signal.SIGKILL]
-    (line,) = said(tmp_path / "logs")
+    codes, line = struck(home, out, signal.SIGKILL)
+    assert codes == [1, -signal.SIGKILL]
     assert "another process of this run has ended" in line
     assert not (out / "model.safetensors").exists()
     assert ended(start(home, out, 1, 2, "again")) == [0]

@@ -79,8 +79,7 @@ def finished(shards: Sequence[Shard], plan: Plan) -> Finished:
     prompts: list[str] = []
     zeroed: list[bool] = []
     for shard in shards:
-        u, u_null = shard.u[-1].float(), shard.u_null[-1].float()
-        found.append(shard.x[-1].float() - shard.t[-1] * (u_null + plan.guidance * (u - u_null)))
+        found.append(shard.latents(plan.guidance))
         prompts += shard.prompts
         zeroed += shard.zeroed or [False] * len(shard.prompts)
     return Finished(torch.cat(found), tuple(prompts), tuple(zeroed))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recast.errors import Refused
-from recast.objective import Net, Objective, Path, express, levels
+from recast.objective import Net, Objective, Path, express, levels, slopes
 
 KD_WEIGHT = 0.25
 LOUD = 0.05  # alpha² below which a teacher's answer counts less
@@ -145,12 +145,7 @@ def check_forward(x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, *, path: Path
             "there is no latent source: the latents of a batch are all zero, so give images, or "
             "let the teacher dream some"
         )
-    columns = torch.stack([data.flatten(), noise.flatten()], 1)
-    gram, moments = columns.T @ columns, columns.T @ x.flatten()
-    present = gram.diagonal() > 1e-12 * gram.diagonal().max()
-    slopes = torch.linalg.solve(gram[present][:, present], moments[present])
-    names = [n for n, p in zip(("data", "noise"), present.tolist(), strict=True) if p]
-    for name, slope in zip(names, slopes.tolist(), strict=True):
+    for name, slope in slopes(path, x_t, x0, eps, t).items():
         if not abs(slope - 1) <= TOLERANCE:
             raise Refused(
                 f"noisy latents hold {slope:.3f} times the {name} that their path prescribes: "

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from recast import processes
-from recast.checkpoint import Checkpoint
 from recast.commit import require_room
 from recast.data.cache import Tensors, fetch
 from recast.distillation.folder import read_json, write_json
-from recast.dream import Plan, dream, shard_path, shards
+from recast.dream import Plan, dream, read_shard, shard_path, shards
 from recast.errors import Stopped
 from recast.events import Event, Note, Stage, Tick, amount
 from recast.train import seeded
@@ -82,11 +81,8 @@ class Latents:
         return torch.stack([self.kept(number)[place] for number, place in places])
 
     def shard(self, number: int) -> Tensor:
-        """x - t u under the guidance that the pictures were dreamt with, (B, C, h, w)."""
-        with Checkpoint(shard_path(self.folder, number)) as file:
-            t, x, u, u_null = (file[key][-1] for key in ("t", "x", "u", "u_null"))
-        without = u_null.float()
-        return x.float() - t * (without + self.guidance * (u.float() - without))
+        """What a shard's pictures ended as, (B, C, h, w)."""
+        return read_shard(shard_path(self.folder, number)).latents(self.guidance)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recast.errors import Refused
-from recast.objective import Objective
+from recast.objective import Objective, slopes
 
 TOLERANCE = 0.02  # how far a slope of the data contract may be from 1
 
@@ -93,18 +93,10 @@ def checked(draws: Iterable[Draw], objective: Objective, first: int = 4) -> Iter
 
 def check(draw: Draw, objective: Objective) -> None:
     """Raise Refused unless the draw's x is its x0 and eps, noised along the objective's path."""
-    alpha, sigma = (c.double().view(-1, 1) for c in objective.path(draw.t))
     clean = draw.x if draw.added is None else draw.x - draw.added
-    x0, eps, x = (v.double().flatten(1) for v in (draw.x0, draw.eps, clean))
-    if not x0.any():
+    if not draw.x0.any():
         raise Refused("the latents of a draw are all zero; remake the cache they came from")
-    columns = torch.stack([(alpha * x0).flatten(), (sigma * eps).flatten()], dim=1)
-    gram, moments = columns.T @ columns, columns.T @ x.flatten()
-    # a draw wholly at one end of the path has one column only: its slope is the other's
-    present = gram.diagonal() > 1e-12 * gram.diagonal().max()
-    slopes = torch.linalg.solve(gram[present][:, present], moments[present])
-    names = [n for n, p in zip(("data", "noise"), present.tolist(), strict=True) if p]
-    for name, slope in zip(names, slopes.tolist(), strict=True):
+    for name, slope in slopes(objective.path, clean, draw.x0, draw.eps, draw.t).items():
         if not abs(slope - 1) <= TOLERANCE:
             raise Refused(
                 f"noised latents hold {slope:.3f} times the {name} that the {objective.name} path "
