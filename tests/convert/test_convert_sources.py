@@ -294,3 +294,15 @@ def test_text_encoders_in_training_are_held_to_what_the_original_answered(
         ups = [key for key in file if key.startswith("lora_te") and "up" in key]
         assert ups
         assert any(file[key].any() for key in ups)
+
+
+def test_in_a_mix_noise_is_of_the_images_alone(home: Path, tmp_path: Path) -> None:
+    def losses(out: Path, offset: float) -> list[float]:
+        one = job(home, out, images=True, source="mix")
+        small.convert(replace(one, recipe=override(one.recipe, noise={"offset": offset})))
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    plain, noised = losses(tmp_path / "plain", 0.0), losses(tmp_path / "noised", 0.5)
+    assert noised[0] == plain[0]
+    assert noised[1] != plain[1]

@@ -86,14 +86,15 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
 
     recipe = job.recipe
     sources.check(job)
-    check_draws(recipe, replays=sources_of(job).dreams == "replay")
+    wanted = sources_of(job)
+    check_draws(recipe, replays=wanted.images is None and wanted.dreams == "replay")
     find_solver(recipe.evaluate.solver)
     find_solver(recipe.data.replay_solver)
     find_solver(recipe.watch.preview_solver or recipe.evaluate.solver)
     prompted.check(recipe)
     check_base(recipe.train.base, job.device)
     running.check(recipe, job.device)
-    budget.check(recipe, images=sources_of(job).images is not None)
+    budget.check(recipe, images=wanted.images is not None)
     one = torch.zeros(1, device=job.device, requires_grad=True)
     build(recipe.train.optimizer, [one], lr=recipe.train.lr, **recipe.train.optimizer_args)
     for folder in recipe.evaluate.judges:
@@ -106,7 +107,7 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
     for key in ("size", "dream_size"):
         if (side := getattr(recipe.data, key)) % 8:
             raise Refused(f"data.{key} is {side}: give a multiple of 8, or 0.")
-    if sources_of(job).dreams:
+    if wanted.dreams:
         dream_plan(job, checkpoint, recipe.target.objective)
     asks = job.measure or validates(recipe) or previews(recipe)
     if asks and recipe.evaluate.prompts:
@@ -114,7 +115,10 @@ def check_recipe(job: Job, checkpoint: Checkpoint) -> None:
 
 
 def check_draws(recipe: Recipe, *, replays: bool) -> None:
-    """Refuse keys of times, noise and targets that would do nothing, or undo one another."""
+    """Refuse keys of times, noise and targets that would do nothing, or undo one another.
+
+    `replays`: nothing but replayed states is trained on.
+    """
     how, noise = recipe.train, recipe.noise
     if how.times == "loss-aware" and (how.shift != 1 or how.shift_side):
         raise Refused(
