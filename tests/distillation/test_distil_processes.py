@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.distillation.test_distil_run import assessor
 from tests.distillation.tiny_distil import config, rows
 from tests.launched import ended, launch, said
 
 from recast.checkpoint import Checkpoint
+from recast.distillation import Job, checked
+from recast.distillation.sharing import widened
+from recast.errors import Refused
 from recast.train import latest
 
 
@@ -69,6 +73,30 @@ def struck(home: Path, out: Path, number: int) -> tuple[list[int], str]:
     codes = ended(both)
     (line,) = said(out.parent / "logs")
     return codes, line
+
+
+def test_what_processes_cannot_share_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(2):
+        Image.new("RGB", (40, 40), (90, 90 * k, 200)).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text("an old lamp")
+    how = config(home, tmp_path / "run", data={"images": str(images)}, run={"accumulate": 2})
+    assert widened(how).run.accumulate == 6
+    assert widened(how).digest() != how.digest()
+    job = Job(how, home / "sd15.safetensors")
+    with (
+        Checkpoint(job.model) as file,
+        pytest.raises(Refused, match=r"3 processes and 2 images: launch with --num_processes 2"),
+    ):
+        checked(file, job)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Refused, match="instead of FSDP"):
+        widened(how)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
