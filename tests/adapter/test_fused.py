@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recast.adapter.fused import _narrow, fusable, fused
+from recast.adapter.fused import fusable, fused, narrow
 from recast.adapter.layers import LoCon, Switch
 from recast.lowrank import LowRank
 
@@ -51,7 +51,7 @@ def test_answer_and_gradients_are_those_of_the_summed_weight(
     if begins == "principal":
         start, scale = tuple(f.detach().to(dtype) for f in factors(layer, rank)), 1.0
     assert fusable(layer, x)
-    assert _narrow(layer.weight, rank) == (rank == 6)
+    assert narrow(layer.weight, rank) == (rank == 6)
     wanted = slow(layer, x, up, down, start, scale)
     pull = torch.randn_like(wanted)
     exact = torch.autograd.grad(wanted, [x, up, down], pull)

@@ -36,6 +36,7 @@ from recast.adapter.file import Adapter, trained_metadata
 from recast.adapter.layers import NONE, Delta, Dropouts, LoCon, Switch
 from recast.adapter.places import entry_name
 from recast.adapter.rebuild import check_pair
+from recast.adapter.routes import lengthen, shorten
 from recast.errors import Refused
 from recast.layout import Site
 from recast.lowrank import Full, LowRank
@@ -63,6 +64,7 @@ class Attached:
     frozen: list[tuple[nn.Parameter, bool]] = field(repr=False)
     held: frozenset[str] = frozenset()
     begun: Adapter | None = None
+    routes: list[nn.Module] = field(default_factory=list, repr=False)
 
     def restart(self) -> None:
         """Set the masters to what they were when they were attached."""
@@ -136,6 +138,7 @@ class Attached:
 
     def detach(self) -> None:
         """Give every module back as it was, with its own parameters and their requires_grad."""
+        lengthen(self.routes)
         for spot in self.spots:
             if isinstance(spot.layer, LoCon):
                 setattr(spot.owner, spot.attribute, spot.layer.base)
@@ -193,6 +196,7 @@ def attach(
     except Refused:
         attached.detach()
         raise
+    attached.routes = [module for part in parts.values() for module in shorten(part)]
     return attached
 
 

@@ -216,5 +216,7 @@ def _clip(parameters: list[Tensor], clip: float | None, team: Team | None = None
         if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     norm = team.norm(parameters) if team else norm_of(parameters)
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip or math.inf, norm)
-    return norm.item()
+    found = norm.item()
+    if clip and not found < 0.999 * clip:  # else torch would multiply all of them with 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return found
