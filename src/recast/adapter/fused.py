@@ -70,7 +70,14 @@ def fused(
         assert not isinstance(layer.padding, str)
         geometry = Geometry(layer.stride, layer.padding, layer.dilation)
     up0, down0 = start or (None, None)
-    return Fused.apply(x, layer.weight, layer.bias, up, down, up0, down0, scale, geometry)
+    return run(Fused, x, layer.weight, layer.bias, up, down, up0, down0, scale, geometry)
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, without its search of every argument for what torch.func left in it."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class Fused(torch.autograd.Function):

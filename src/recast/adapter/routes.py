@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recast.adapter.fused import fusable
+from recast.adapter.fused import fusable, run
 from recast.adapter.layers import NONE, LoCon
 from recast.adapter.several import several
 
@@ -106,7 +106,7 @@ def gated_unit(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
     """diffusers' `GEGLU.forward`."""
     if args or kwargs or hidden_states.device.type == "npu" or torch.compiler.is_compiling():
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return Gated.apply(self.proj(hidden_states))
+    return run(Gated, self.proj(hidden_states))
 
 
 class Gated(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recast.adapter.fused import Pairs, as_dtype, narrow, outer, pairs_of, sum_of, wide
+from recast.adapter.fused import Pairs, as_dtype, narrow, outer, pairs_of, run, sum_of, wide
 
 if TYPE_CHECKING:
     from recast.adapter.layers import LoCon
@@ -43,7 +43,7 @@ def several(x: Tensor, layers: Sequence[LoCon], heads: int = 0) -> Any:
     have all a start or none.
     """
     form = Form(layers, heads, x.shape[1] if x.ndim == 4 else 0)
-    return Several.apply(x, form, *(f for layer in layers for f in (layer.up, layer.down)))
+    return run(Several, x, form, *(f for layer in layers for f in (layer.up, layer.down)))
 
 
 class Several(torch.autograd.Function):
