@@ -68,6 +68,15 @@ def mine(number: int) -> bool:
     return number % count() == rank()
 
 
+def enough(found: int, what: str) -> None:
+    """Refuse more processes than there is data."""
+    if count() > found:
+        raise Refused(
+            f"{count()} processes and {found} {what}: launch with --num_processes "
+            f"{max(1, found)} at most, or give more."
+        )
+
+
 def sharing() -> bool:
     """Whether the launch asks for weights to be shared out (FSDP)."""
     return several() and asked("FSDP")

@@ -113,7 +113,7 @@ def prepare(
     checkpoint: Checkpoint, job: Job
 ) -> Generator[Event, None, tuple[str, str, dict[str, object]]]:
     """Check everything that can be, writing nothing; returns source, target and identity."""
-    from recast.convert import assist, checks, exchange, pairs, proceed, start, texts
+    from recast.convert import checks, exchange, pairs, proceed, start, texts
     from recast.convert.found import check_sizes, examples_of
     from recast.convert.sources import skips_broken, sources_of
     from recast.model.load import preferred_size
@@ -132,7 +132,7 @@ def prepare(
     skipped = skips_broken(job)
     found = examples_of(images, skip_broken=skipped, recipe=job.recipe) if images else ()
     if found:
-        assist.check(len(found), "images")
+        processes.enough(len(found), "images")
         side = job.recipe.data.size or preferred_size(checkpoint, layout)
         check_sizes(found, side, skip_broken=skipped)
     identity = {**identify(checkpoint, job, source, objective, found), **vae}

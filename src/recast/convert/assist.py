@@ -58,15 +58,6 @@ def wide(recipe: Recipe) -> Recipe:
     return override(recipe, train={"accumulate": how.accumulate * processes.count()})
 
 
-def check(found: int, what: str) -> None:
-    """Refuse more processes than there is data."""
-    if processes.count() > found:
-        raise Refused(
-            f"{processes.count()} processes and {found} {what}: launch with --num_processes "
-            f"{max(1, found)} at most, or give more."
-        )
-
-
 def meet(course: Course, step: Step, signal: int) -> int:
     """After a step: what was read and when the run ends go to all; returns anybody's signal."""
     if not processes.several():

@@ -135,7 +135,7 @@ def times_of(
 
 def checked(checkpoint: Checkpoint, job: Job) -> Identity:
     """Check everything that can be, writing nothing; returns what names the run."""
-    from recast.distillation import sharing, upload
+    from recast.distillation import upload
     from recast.distillation.material import found_images, images_digest, plan_of
     from recast.layout import detect
     from recast.layout.names import PART_NAMES
@@ -159,7 +159,7 @@ def checked(checkpoint: Checkpoint, job: Job) -> Identity:
                 f"{config.data.images} has no picture, so there is no latent source: give images, "
                 "or leave data.images empty and let the teacher dream."
             )
-        sharing.enough(len(found), "images")
+        processes.enough(len(found), "images")
     elif not plan_of(config, checkpoint).prompts:
         raise Refused("there is no prompt, so there is no latent source: give data.prompts.")
     if config.save.upload:

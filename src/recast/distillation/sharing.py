@@ -37,15 +37,6 @@ def widened(config: Config) -> Config:
     )
 
 
-def enough(found: int, what: str) -> None:
-    """Refuse more processes than there is data."""
-    if processes.count() > found:
-        raise Refused(
-            f"{processes.count()} processes and {found} {what}: launch with --num_processes "
-            f"{max(1, found)} at most, or give more."
-        )
-
-
 def assist(job: Job, stopped: Callable[[], int]) -> Iterator[Event]:
     """Wait for the first process to come as far as training, then train along."""
     from recast.distillation import checked, learned
