@@ -536,7 +536,8 @@ COMMANDS = {
     "rank": ("--network principal --recipe RANKLESS", "train.rank is 0"),
 }
 RECIPES = {
-    "DREAMS": '[data]\nsource = "mix"\n[target]\nteacher = "data"\nobjective = "same"\n',
+    "DREAMS": '[data]\nsource = "mix"\nmix_with = "dreams"\n'
+    '[target]\nteacher = "data"\nobjective = "same"\n',
     "TEACHER": '[data]\nsource = "images"\n[target]\nobjective = "same"\n',
     "DROPOUT": "[network]\ndropout = 0.1\n",
     "CONVS": '[train]\nprofile = "*conv1.weight"\n',
