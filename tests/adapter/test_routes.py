@@ -1,5 +1,6 @@
 """The shorter ways through diffusers' modules against the ways that their classes have."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from recast.adapter import Adapter, Attached, attach
 from recast.adapter.layers import NONE, Dropouts
-from recast.adapter.routes import Gated, lengthen, shorten
+from recast.adapter.routes import Gated, lengthen, shorten, withheld
 from recast.adapter.several import several
+from recast.convert import running
 from recast.lowrank import LowRank, factorize
 
 ROLES = {"principal": "pissa-init", "zero": "delta"}
@@ -144,6 +146,35 @@ def test_what_is_listened_to_goes_the_long_way(
     assert len(called) == 2
     attention(x)
     assert len(called) == 4
+
+
+def test_they_can_be_withheld(unet: UNet2DConditionModel) -> None:
+    made = put_in(unet, "zero")
+    ways = [vars(module)["forward"] for module in made.routes]
+    with withheld(made.routes):
+        assert not any("forward" in vars(module) for module in unet.modules())
+    assert [vars(module)["forward"] for module in made.routes] == ways
+
+
+def test_a_compiler_is_shown_the_long_way(
+    unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "BACKEND", "eager")
+    made = put_in(unet, "zero")
+    model = SimpleNamespace(unet=unet, text_parts=(), parts={})
+    recipe = SimpleNamespace(
+        train=SimpleNamespace(channels_last=False, recompute=False, compile=True)
+    )
+    with running.running(model, made, recipe):
+        assert not any("forward" in vars(module) for module in unet.modules())
+    assert all("forward" in vars(module) for module in made.routes)
+
+
+def test_a_copy_goes_its_own_way(unet: UNet2DConditionModel) -> None:
+    put_in(unet, "zero")
+    copied = deepcopy(unet)
+    for module in copied.modules():
+        assert vars(module).get("forward", module.forward).__self__ is module
 
 
 def test_what_drops_out_does_so_still(unet: UNet2DConditionModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -40,6 +41,18 @@ def lengthen(modules: list[nn.Module]) -> None:
     """Give modules their own way back."""
     for module in modules:
         vars(module).pop("forward", None)
+
+
+@contextmanager
+def withheld(modules: list[nn.Module]) -> Iterator[None]:
+    """Inside, modules go their own way."""
+    kept = [(module, vars(module).pop("forward", None)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, way in kept:
+            if way is not None:
+                module.forward = way
 
 
 def _ways() -> Iterator[tuple[type, Any, Any]]:

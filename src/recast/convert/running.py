@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from recast.adapter.routes import withheld
 from recast.convert.networks import kind_of
 from recast.errors import Refused
 from recast.recipe import Recipe
@@ -36,6 +37,8 @@ def running(model: Model, attached: Attached, recipe: Recipe) -> Iterator[None]:
         for network in networks if how.recompute else ():
             recompute(network)
             undo.callback(forgo, network)
+        if how.compile:  # the compiler finds ways of its own, and none through these
+            undo.enter_context(withheld(attached.routes))
         for block in blocks(model.unet) if how.compile else ():
             block.compile(backend=BACKEND)
             undo.callback(setattr, block, "_compiled_call_impl", None)
