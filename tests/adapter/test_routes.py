@@ -187,6 +187,12 @@ def test_what_drops_out_does_so_still(unet: UNet2DConditionModel) -> None:
         assert torch.equal(attention(x), attention(x))
 
 
+def test_dropouts_of_nothing_are_no_reason_for_the_long_way(unet: UNet2DConditionModel) -> None:
+    made = put_in(unet, "zero", dropouts=Dropouts(0.0))
+    unet.train()
+    assert all(spot.layer.dropouts is NONE for spot in made.spots)
+
+
 def test_only_attentions_whose_layers_all_have_factors_are_shortened(
     unet: UNet2DConditionModel,
 ) -> None:

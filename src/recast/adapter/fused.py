@@ -15,7 +15,9 @@ kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeGuard
 
 import torch
@@ -47,13 +49,19 @@ class Geometry:
 
 def fusable(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether a layer is a plain one: nothing listens to it, and no autocast chooses its dtype."""
-    kind = x.device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if layer._forward_hooks or layer._forward_pre_hooks or cast:
+    if layer._forward_hooks or layer._forward_pre_hooks or _cast(x):
         return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same"
     return type(layer) is nn.Linear and x.dtype == layer.weight.dtype
+
+
+def _cast(x: Tensor) -> bool:
+    """Whether autocast chooses dtypes where x is."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def fused(
@@ -78,6 +86,17 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def once(backward: Callable[..., Any]) -> Any:
+    """torch's `once_differentiable`, which is at work only while a graph of gradients is kept."""
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def chosen(ctx: Any, *dys: Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *dys)
+
+    return chosen
 
 
 class Fused(torch.autograd.Function):
@@ -109,7 +128,7 @@ class Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down, up0, down0, hidden = ctx.saved_tensors
         pairs = pairs_of(up, down, up0, down0, ctx.scale, x.dtype)

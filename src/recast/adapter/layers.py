@@ -71,7 +71,7 @@ class LoCon(nn.Module):
         super().__init__()
         self.base = base
         self.switch = switch
-        self.dropouts = dropouts
+        self.dropouts = dropouts or NONE
         self.scale = scale
         up = value.up.clone() if scale == 1 else value.up / scale
         self.up, self.down = nn.Parameter(up), nn.Parameter(value.down.clone())
@@ -90,13 +90,15 @@ class LoCon(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output, and for the student the change on top."""
+        base, first = self.base, self.up0
         if not self.switch.student:
-            return self.base(x)
-        drops = self.dropouts if self.training and torch.is_grad_enabled() else NONE
-        if not drops and fusable(self.base, x):
-            start = None if self.up0 is None or self.down0 is None else (self.up0, self.down0)
-            return fused(self.base, x, self.up, self.down, start, self.scale)
-        out = self.base(x)
+            return base(x)
+        plain = self.dropouts is NONE or not (self.training and torch.is_grad_enabled())
+        drops = NONE if plain else self.dropouts
+        if not drops and fusable(base, x):
+            start = None if first is None or self.down0 is None else (first, self.down0)
+            return fused(base, x, self.up, self.down, start, self.scale)
+        out = base(x)
         up, down = self.change()
         down = down.to(x.dtype)
         if drops.values:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recast.adapter.fused import fusable, run
+from recast.adapter.fused import fusable, once, run
 from recast.adapter.layers import NONE, LoCon
 from recast.adapter.several import several
 
@@ -133,7 +132,7 @@ class Gated(torch.autograd.Function):
         return y * gate
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         both, gate = ctx.saved_tensors
         (y, g), found = both.chunk(2, -1), torch.empty_like(both)

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recast.adapter.fused import Pairs, as_dtype, narrow, outer, pairs_of, run, sum_of, wide
+from recast.adapter.fused import Pairs, as_dtype, narrow, once, outer, pairs_of, run, sum_of, wide
 
 if TYPE_CHECKING:
     from recast.adapter.layers import LoCon
@@ -74,7 +73,7 @@ class Several(torch.autograd.Function):
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *saved = ctx.saved_tensors
         form, flat, count = ctx.form, x.reshape(-1, x.shape[-1]), 2 * len(ctx.form.layers)
