@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from size import Generated, Process
+from size import Generated
 
 from recast.adapter import attach
 from recast.adapter.file import Adapter
@@ -195,10 +195,10 @@ def serve(arm: str, world: str, network: str, checkpointing: str, dtype: str, th
             next(steps)
             answer({"cpu": time.process_time() - began, "wall": time.perf_counter() - wall})
         elif line.strip() == "memory":
-            live, process = Live(), Process()
+            live = Live()
             with live:
                 next(steps)
-            answer({"alive": live.peak, "above": process.above(), "process": process.before})
+            answer({"alive": live.peak})
         else:
             return
 

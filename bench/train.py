@@ -37,11 +37,10 @@ from _train_page import page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-QUIET = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ARMS = ("recast", "peft", "lycoris")
 WORLDS, NETWORKS = ("pocket", "quarter"), ("locon", "lora")
 CHECKPOINTING, THREADS = ("off", "on"), ("1", "2")
-ROUNDS = {"pocket": 15, "quarter": 5}
+ROUNDS = {"pocket": 41, "quarter": 7}
 Row = dict[str, Any]
 
 
@@ -57,7 +56,7 @@ class Arm:
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | QUIET | {"OMP_NUM_THREADS": threads},
+            env=os.environ | {"OMP_NUM_THREADS": threads},
         )  # fmt: skip
         self.about = self.answer()
 
