@@ -48,7 +48,10 @@ def whole(folder: Path) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("images", [True, False], ids=["images", "dreams"])
+@pytest.mark.parametrize(
+    "images",
+    [pytest.param(True, marks=pytest.mark.slow, id="images"), pytest.param(False, id="dreams")],
+)
 def test_killed_and_given_again_the_command_ends_with_the_same_bytes(
     images: bool, home: Path, tmp_path: Path
 ) -> None:
@@ -74,7 +77,10 @@ def test_killed_and_given_again_the_command_ends_with_the_same_bytes(
     assert whole(out) == whole(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_from_outside_is_obeyed_after_a_step(
     number: int, code: int, home: Path, tmp_path: Path
 ) -> None:
