@@ -15,8 +15,8 @@ of its width (96, 160, 320; group norms want multiples of 32), generated weights
 Every arm is a process of its own, and a step is asked of each in turn (A B C A B C …), so what else
 the machine does meets all alike. Times are medians. On one thread they are CPU time; with two, CPU
 time counts both and waiting, so wall time is shown too. Memory: `tensors` is what the step makes
-and is alive at once at most, masters, moments and weights besides; `process` is the high-water mark
-above what the process held before the step.
+and is alive at once at most, masters, moments and weights besides. Every arm has the system's
+allocator.
 """
 
 from __future__ import annotations
