@@ -101,4 +101,4 @@ class Replay:
             return made
         prompts = list(self.rows)  # in the order of their rows
         said = tuple(prompts[k].replace(ZERO, "") for k in row.tolist())
-        return replace(made, condition=Told(said, self.conditions[row]))
+        return replace(made, condition=Told(said, made.condition))
